@@ -1,0 +1,87 @@
+"""What a method declares about itself.
+
+Cards are literals: the catalogue reads them from the source without importing the method, so that listing a
+hundred methods loads no torch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ActsOn = Literal["language model", "checkpoints", "chat", "features", "diffusion pipeline", "torch module"]
+"""What a method acts on: the ecosystem's own object, in the field's words."""
+
+Compare = Literal["value", "difference", "ratio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a method promises on a task, written so that it can fail.
+
+    The figure is the metric with the method on (`value`), that minus the baseline's (`difference`), or divided by
+    it (`ratio`). The baseline is the untouched subject unless `against` names a method.
+    """
+
+    name: str
+    """What is promised, as a sentence fragment that a newcomer understands."""
+    task: str
+    metric: str
+    compare: Compare = "value"
+    at_most: float | None = None
+    at_least: float | None = None
+    against: str | None = None
+    """Name of the baseline method; None is the untouched subject."""
+    against_parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of the method under the claim, where they differ from the defaults."""
+    task_parameters: Mapping[str, Any] = field(default_factory=dict)
+    subject: str | None = None
+    """Name of the subject for `gratis.open`; None is the task's own."""
+
+    def __post_init__(self) -> None:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError(f"claim {self.name!r} needs exactly one of at_most and at_least")
+
+    @property
+    def bound(self) -> str:
+        """The bound as text: `<= 0.1` or `>= 3`."""
+        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
+
+    def holds(self, figure: float) -> bool:
+        """Whether `figure` is within the bound; a figure that is not a number never is."""
+        limit = self.at_most if self.at_most is not None else self.at_least
+        compare = operator.le if self.at_most is not None else operator.ge
+        return bool(compare(figure, limit))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Identity of a method: its paper, what it acts on, what it spares the user, and what it promises."""
+
+    title: str
+    """Title of the paper."""
+    year: int
+    acts_on: ActsOn
+    free_of: tuple[str, ...]
+    """What the user does not need: training, labels, calibration data …"""
+    seed: int | None = None
+    """Row of the project's list of papers; None for baselines."""
+    authors: str = ""
+    paper: str = ""
+    """Where to read it: an arXiv number or an address."""
+    summary: str = ""
+    """One line for the list: what the user gets."""
+    unchanged_when: Mapping[str, Any] | None = None
+    """Parameter values at which the method changes nothing; None where the method has no such limit."""
+    holds: tuple[str, ...] = ()
+    """What the method needs for itself on the subject ("kv cache", "generate" …): two that hold the same cannot stack."""
+    examples: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters that make the method act on the tiny subjects of the contract tests."""
+    differs: str = ""
+    """Where this implementation leaves the authors' code, and why."""
+    limits: str = ""
+    """When not to use it."""
+    claims: tuple[Claim, ...] = ()

@@ -1,0 +1,96 @@
+"""What a method is, by what the user writes: attach, edit, merge, decode, run over a chat, fit."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gratis.contract.card import Card
+from gratis.contract.parameters import Declared
+
+if TYPE_CHECKING:
+    from gratis.contract.attach import Scope
+
+
+def kebab(name: str) -> str:
+    """`self_certainty` or `SelfCertainty` as `self-certainty`."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+    return spaced.replace("_", "-").lower()
+
+
+class Method(Declared):
+    """One published technique with its parameters: small, immutable, validated when constructed."""
+
+    card: ClassVar[Card]
+    kind: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """The method's name on the command line and in recipes: its file's name, hyphenated."""
+        return type(self).method_name()
+
+    @classmethod
+    def method_name(cls) -> str:
+        """The name of the class in the catalogue."""
+        return kebab(cls.__module__.rpartition(".")[2])
+
+    @classmethod
+    def family(cls) -> str:
+        """The family folder the method lives in."""
+        return cls.__module__.split(".")[-2]
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """What this instance needs for itself on the subject."""
+        return self.card.holds
+
+
+class Attachable(Method):
+    """A method that goes on a live subject and comes off without a trace."""
+
+    kind = "attach"
+
+    def check(self, subject: Any) -> None:
+        """Raise SubjectError, in one sentence that says what to do, if the method cannot act on `subject`.
+
+        Nothing may be changed here.
+        """
+        raise NotImplementedError
+
+    def install(self, subject: Any, scope: Scope) -> Any:
+        """Put the method on. Every change goes through `scope`, which undoes it.
+
+        Returns None, or a function without arguments that returns the report (a dict of plain values) of what the
+        method did since it was attached.
+        """
+        raise NotImplementedError
+
+
+class Decoding(Attachable):
+    """A method that chooses tokens: it attaches to the model's own `generate`."""
+
+    kind = "decode"
+
+
+class Program(Attachable):
+    """A method over a chat: text in, text out, several requests for one answer."""
+
+    kind = "program"
+
+
+class Edit(Method):
+    """A method that computes a weight change once: `edit(model, …)` returns a Delta, which is attached."""
+
+    kind = "edit"
+
+
+class Merge(Method):
+    """A method that reads checkpoints and writes one: see `gratis.merge`."""
+
+    kind = "merge"
+
+
+class Estimator(Method):
+    """A method over arrays in scikit-learn's shape: `fit`, `partial_fit`, `predict`, `transform`."""
+
+    kind = "estimator"
