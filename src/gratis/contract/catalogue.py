@@ -16,7 +16,7 @@ from typing import Any
 
 from gratis.contract.card import Card, Claim
 from gratis.contract.errors import UnknownNameError
-from gratis.contract.method import kebab
+from gratis.contract.method import KINDS, kebab
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Entry:
     base: str
     """Name of the class that it extends, as written."""
     card: Any
+
+    @property
+    def kind(self) -> str:
+        """What the user writes: attach, decode, program, edit, merge, estimator (empty for tasks)."""
+        return KINDS.get(self.base, "")
 
     def load(self) -> Any:
         """Import the module and return the class."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
 
 def clean_partial(path: Path) -> None:
     """Remove what killed writers of `path` left behind (a writer that still lives keeps its own)."""
-    for left in path.parent.glob(f"{path.name}.*{PARTIAL}"):
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"):
         writer = left.name.removesuffix(PARTIAL).rpartition(".")[2]
         if not (writer.isdigit() and _alive(int(writer))):
             left.unlink(missing_ok=True)

@@ -94,3 +94,7 @@ class Estimator(Method):
     """A method over arrays in scikit-learn's shape: `fit`, `partial_fit`, `predict`, `transform`."""
 
     kind = "estimator"
+
+
+KINDS: dict[str, str] = {kind.__name__: kind.kind for kind in (Attachable, Decoding, Program, Edit, Merge, Estimator)}
+"""Base class to kind, so that the kind of a method is known from its source."""
