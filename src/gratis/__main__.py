@@ -1,0 +1,5 @@
+"""`python -m gratis` is the command line."""
+
+from gratis.cli import main
+
+main()
