@@ -34,7 +34,7 @@ class Tag(Attachable):
             raise SubjectError("Tag acts on a Subject.")
 
     def install(self, subject, scope):
-        inner = subject.__class__.__call__ if "call" not in vars(subject) else vars(subject)["call"]
+        inner = vars(subject).get("call", subject.__class__.__call__)
         scope.set_attribute(subject, "call", lambda s, v: (self.tag, inner(s, v)))
         subject.log.append(f"on {self.tag}")
         scope.defer(lambda: subject.log.append(f"off {self.tag}"))

@@ -92,7 +92,9 @@ def test_command_line_text(name, text, value):
     assert Example.declared()[name].parse("Example", text) == value
 
 
-@pytest.mark.parametrize(("name", "text"), [("budget", "many"), ("budget", "1.5"), ("exact", "maybe"), ("weights", "a,b")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("budget", "many"), ("budget", "1.5"), ("exact", "maybe"), ("weights", "a,b")]
+)
 def test_bad_command_line_text(name, text):
     with pytest.raises(ParameterError):
         Example.declared()[name].parse("Example", text)

@@ -61,7 +61,7 @@ class Scope:
         while self._undo:
             try:
                 self._undo.pop()()
-            except BaseException as error:  # noqa: BLE001 - every undo must run; raised below
+            except BaseException as error:
                 failures.append(error)
         if failures:
             raise failures[0]
@@ -145,7 +145,7 @@ class Attachment:
         while self._scopes:
             try:
                 self._scopes.pop().close()
-            except BaseException as error:  # noqa: BLE001 - every scope must close; raised below
+            except BaseException as error:
                 failures.append(error)
         if failures:
             raise failures[0]
@@ -155,7 +155,9 @@ class Attachment:
             raise AttachmentError("This attachment was taken off already; call gratis.attach again.")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +184,9 @@ def attach(subject: Any, *methods: Any) -> Attachment:
     """
     subject = subject.subject if isinstance(subject, Attachment) else subject
     if not methods:
-        raise AttachmentError("Nothing to attach: name at least one method, for example gratis.attach(model, gratis.LaCache()).")
+        raise AttachmentError(
+            "Nothing to attach: name at least one method, for example gratis.attach(model, gratis.LaCache())."
+        )
     for method in methods:
         if isinstance(method, type):
             raise AttachmentError(f"{method.__name__} is a class: attach an instance, {method.__name__}(…).")
@@ -201,7 +205,9 @@ def attach(subject: Any, *methods: Any) -> Attachment:
             _stack(subject).append(attachment)
         except TypeError:
             attachment._uninstall()
-            raise SubjectError(f"Nothing can be attached to a {type(subject).__name__}: it is not a live object.") from None
+            raise SubjectError(
+                f"Nothing can be attached to a {type(subject).__name__}: it is not a live object."
+            ) from None
         attachment._attached = True
     return attachment
 
@@ -230,8 +236,8 @@ def _check_stacking(present: list[AttachableLike], new: tuple[AttachableLike, ..
                 raise AttachmentError(f"{method.name} is already attached; detach it first, or use the one that is on.")
             if shared := sorted(set(other.holds) & set(method.holds)):
                 raise StackingError(
-                    f"{other.name} and {method.name} cannot be attached together: both need the {shared[0]} for themselves; "
-                    "choose one."
+                    f"{other.name} and {method.name} cannot be attached together: both need the {shared[0]} "
+                    "for themselves; choose one."
                 )
             if other is method or (type(other) is type(method) and other.name == method.name):
                 raise AttachmentError(f"{method.name} is already attached; detach it first, or use the one that is on.")

@@ -6,7 +6,6 @@ hundred methods loads no torch.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -52,9 +51,9 @@ class Claim:
 
     def holds(self, figure: float) -> bool:
         """Whether `figure` is within the bound; a figure that is not a number never is."""
-        limit = self.at_most if self.at_most is not None else self.at_least
-        compare = operator.le if self.at_most is not None else operator.ge
-        return bool(compare(figure, limit))
+        if self.at_most is not None:
+            return figure <= self.at_most
+        return self.at_least is not None and figure >= self.at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ class Card:
     unchanged_when: Mapping[str, Any] | None = None
     """Parameter values at which the method changes nothing; None where the method has no such limit."""
     holds: tuple[str, ...] = ()
-    """What the method needs for itself on the subject ("kv cache", "generate" …): two that hold the same cannot stack."""
+    """What the method needs for itself ("kv cache", "generate" …): two that hold the same cannot stack."""
     examples: Mapping[str, Any] = field(default_factory=dict)
     """Parameters that make the method act on the tiny subjects of the contract tests."""
     differs: str = ""

@@ -82,7 +82,11 @@ class Catalogue(Mapping[str, Any]):
         """The entry called `name` (hyphens or underscores, any case, or the class's name). Raises UnknownNameError."""
         wanted = kebab(name)
         for entry in self.entries.values():
-            if wanted == entry.name or name == entry.class_name or wanted.replace("-", "") == entry.name.replace("-", ""):
+            if (
+                wanted == entry.name
+                or name == entry.class_name
+                or wanted.replace("-", "") == entry.name.replace("-", "")
+            ):
                 return entry
         raise UnknownNameError.among(self._what, name, self.entries)
 

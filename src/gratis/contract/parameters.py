@@ -82,9 +82,8 @@ class Parameter:
     @property
     def bounds(self) -> str:
         """The valid range in mathematical notation, empty when unbounded."""
-        low = f"> {self.above:g}" if self.above is not None else f">= {self.at_least:g}" if self.at_least is not None else ""
-        high = f"< {self.below:g}" if self.below is not None else f"<= {self.at_most:g}" if self.at_most is not None else ""
-        return " and ".join(part for part in (low, high) if part)
+        signs = ((">", self.above), (">=", self.at_least), ("<", self.below), ("<=", self.at_most))
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
 
     def validate(self, owner: str, value: Any) -> Any:
         """`value`, checked against type and bounds (a list becomes a tuple where one is declared).
@@ -124,7 +123,9 @@ class Parameter:
     def _typed(self, owner: str, inner: Any, value: Any) -> Any:
         if typing.get_origin(inner) is tuple:
             if not isinstance(value, (tuple, list)):
-                raise ParameterError(f"{owner}: {self.name} must be a list of values ({self._expected()}), not {value!r}.")
+                raise ParameterError(
+                    f"{owner}: {self.name} must be a list of values ({self._expected()}), not {value!r}."
+                )
             item = typing.get_args(inner)[0]
             if not all(_matches(item, v) for v in value):
                 raise ParameterError(f"{owner}: {self.name} must be {self._expected()}, not {value!r}.")
@@ -240,7 +241,7 @@ class Declared:
             ]
         )
         if "__init__" not in vars(cls):
-            cls.__init__ = __init__  # type: ignore[method-assign]
+            cls.__init__ = __init__  # type: ignore[assignment,method-assign]
 
     @classmethod
     def declared(cls) -> Mapping[str, Parameter]:
@@ -253,7 +254,7 @@ class Declared:
                     namespace = vars(__import__("sys").modules[base.__module__])
                     for name in own:
                         hint = base.__annotations__[name]
-                        hints[name] = eval(hint, namespace) if isinstance(hint, str) else hint  # noqa: S307
+                        hints[name] = eval(hint, namespace) if isinstance(hint, str) else hint
             cls._resolved = {n: dataclasses.replace(p, type=hints[n]) for n, p in cls._declared.items()}
         return cls._resolved
 

