@@ -16,8 +16,8 @@ class Kind:
 
     build: Callable[..., Any]
     """A fresh subject: `build(dtype=torch.float32)`."""
-    run: Callable[[Any], np.ndarray]
-    """What the subject does on a fixed input under a fixed seed, as one array."""
+    run: Callable[..., np.ndarray]
+    """What the subject does on a fixed input, as one array; `seed=` is that of torch's process-wide generator."""
     snapshot: Callable[[Any], Any]
     """All that a method could leave behind, comparable with ==."""
     rows: Callable[[Any, int], np.ndarray] | None
@@ -34,7 +34,7 @@ def _language() -> Kind:
 
     return Kind(
         build=lambda dtype=torch.float32: tiny.tiny_language_model(dtype=dtype),
-        run=lambda model: tiny.run(model).numpy(),
+        run=lambda model, seed=0: tiny.run(model, seed=seed).numpy(),
         snapshot=tiny.snapshot,
         rows=rows,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
@@ -47,13 +47,17 @@ def _diffusion() -> Kind:
     def build(dtype: torch.dtype = torch.float32) -> Any:
         return tiny.tiny_pipeline(seed=0).to(dtype)
 
+    def run(pipeline: Any, seed: int = 0) -> np.ndarray:
+        torch.manual_seed(seed)
+        return tiny.run(pipeline, seed=0).float().numpy()
+
     def rows(pipeline: Any, batch: int) -> np.ndarray:
         out = tiny.run(pipeline, seed=0, batch=2) if batch == 2 else tiny.run(pipeline, seed=0, batch=1)
         return out.float().flatten(1).numpy()
 
     return Kind(
         build=build,
-        run=lambda pipeline: tiny.run(pipeline, seed=0).float().numpy(),
+        run=run,
         snapshot=tiny.snapshot,
         rows=rows,
         dtypes=(torch.float32, torch.bfloat16),
@@ -65,7 +69,7 @@ def _chat() -> Kind:
 
     return Kind(
         build=lambda dtype=None: tiny.tiny_chat(),
-        run=lambda chat: np.frombuffer(tiny.run(chat).encode(), dtype=np.uint8),
+        run=lambda chat, seed=0: np.frombuffer(tiny.run(chat).encode(), dtype=np.uint8),
         snapshot=tiny.snapshot,
         rows=None,
         dtypes=(torch.float32,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -212,3 +213,45 @@ def test_constructor_arguments_rebuild_the_method(entry):
     method = entry.load()(**entry.card.examples)
     assert type(method)(**method.parameters()) == method
     assert method.replace() == method
+
+
+# Several subjects, several threads
+
+
+@pytest.mark.parametrize("entry", LIVE, ids=_id)
+def test_two_subjects_with_the_same_method_do_not_mix(entry):
+    kind = kind_of(entry.card.acts_on)
+    alone = kind.build()
+    with gratis.attach(alone, example(entry)):
+        expected = kind.run(alone)
+    one, two = kind.build(), kind.build()
+    first = gratis.attach(one, example(entry))
+    second = gratis.attach(two, example(entry))
+    np.testing.assert_array_equal(kind.run(one), expected)
+    np.testing.assert_array_equal(kind.run(two), expected)
+    first.detach()
+    np.testing.assert_array_equal(kind.run(two), expected)
+    np.testing.assert_array_equal(kind.run(one), untouched(entry.card.acts_on))
+    second.detach()
+
+
+@pytest.mark.parametrize("entry", LIVE, ids=_id)
+def test_two_threads_on_two_subjects(entry):
+    kind = kind_of(entry.card.acts_on)
+    alone = kind.build()
+    with gratis.attach(alone, example(entry)):
+        expected = kind.run(alone)
+        draws = not np.array_equal(expected, kind.run(alone, seed=1))
+    built = [kind.build(), kind.build()]
+
+    def work(subject):
+        with gratis.attach(subject, example(entry)):
+            return kind.run(subject)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(work, built))
+    if not draws:  # threads share torch's generator, so what draws from it is compared by its traces only
+        for result in results:
+            np.testing.assert_array_equal(result, expected)
+    for subject in built:
+        np.testing.assert_array_equal(kind.run(subject), untouched(entry.card.acts_on))
