@@ -45,6 +45,10 @@ class TaskCard:
     """What it is measured on, in words."""
     subject: str = ""
     """Name of the subject (for `gratis.open`) when the user names none; empty where the task makes its own."""
+    untouched: str = "untouched"
+    """What the subject without a method is called beside the methods: "full cache", "greedy" …"""
+    warm_up: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of a short run that trials make and discard before they measure; empty: the full task is run."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Series:
     y: Sequence[float]
     x_label: str
     y_label: str
+    marks: Sequence[tuple[float, str]] = ()
+    """Places on the x axis worth a line, with what they are: `(8192, "trained window")`."""
 
 
 @dataclass
@@ -62,7 +68,8 @@ class Measurement:
     """What one run of a task saw."""
 
     metrics: dict[str, float]
-    """Metric name to value. Time and peak memory of the run are added by the trial."""
+    """Metric name to value. The trial adds `seconds` (wall), `cpu_seconds` (of the process) and `peak_memory` (MB, 1e6
+    bytes, above the level before the run) unless the task measured them itself."""
     items: dict[str, list[float]] = field(default_factory=dict)
     """Metric name to one value per item of the data, in the data's order: what intervals are computed from."""
     series: dict[str, Series] = field(default_factory=dict)
@@ -107,7 +114,7 @@ class Task(Declared):
         """Run the task once on what `applied` yielded. The same seed gives the same data and the same metrics.
 
         Every metric of the card is present in the result, except `cost` metrics that the trial adds
-        (`seconds`, `peak_memory`).
+        (`seconds`, `cpu_seconds`, `peak_memory`, and `tokens` and `calls` from the fields of those names).
         """
         raise NotImplementedError
 
