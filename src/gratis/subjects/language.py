@@ -1,0 +1,215 @@
+"""Finding what a language model is made of by structure and by asking it, not by attribute names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gratis.contract.errors import SubjectError
+
+PROBE_TOKENS = 4
+PROBE_SHIFT = 5
+
+
+def language_model(subject: Any, method: str) -> Any:
+    """`subject`, if it is a decoder-only language model of transformers in evaluation mode. Raises SubjectError."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(subject, PreTrainedModel):
+        raise SubjectError(
+            f"{method} acts on a decoder-only language model of transformers, not on a {type(subject).__name__}."
+        )
+    if subject.config.is_encoder_decoder:
+        raise SubjectError(f"{method} acts on decoder-only language models; {type(subject).__name__} has an encoder.")
+    if not subject.can_generate():
+        raise SubjectError(f"{method} needs a model that generates; {type(subject).__name__} has no language-model head.")
+    if subject.training:
+        raise SubjectError(f"{method} acts on a model in evaluation mode: call model.eval() first.")
+    return subject
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the model's text decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def window_of(model: Any) -> int | None:
+    """Length in tokens that the model was trained for, None where its configuration does not say."""
+    length = getattr(text_config(model), "max_position_embeddings", None)
+    return int(length) if isinstance(length, int) and length > 0 else None
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How one layer's cached keys carry their position: rotary angles, pairing and place in the head dimension.
+
+    Rotary position embedding turns pairs of key dimensions by `position * frequency`
+    (J. Su et al., "RoFormer", 2021, eq. 34). `frequencies` is empty for a layer without positions.
+    """
+
+    frequencies: Tensor
+    """(pairs,) float32, radians per position."""
+    interleaved: bool
+    """Pairs are neighbours (0, 1), (2, 3) …; otherwise the first half is paired with the second."""
+    start: int
+    """First rotated dimension of the head."""
+
+    @property
+    def none(self) -> bool:
+        """Whether the layer's keys carry no position."""
+        return self.frequencies.numel() == 0
+
+    def turn_(self, keys: Tensor, shift: Tensor | float) -> Tensor:
+        """Turn float keys `(…, length, head_dim)` in place by `shift` positions (a number, or one per key) and return them."""
+        if self.none:
+            return keys
+        pairs = self.frequencies.numel()
+        # Angles in float64: a shift of thousands of positions has too few digits left in float32.
+        frequencies = self.frequencies.double()
+        angle = shift.cpu().double()[..., None] * frequencies if isinstance(shift, Tensor) else shift * frequencies
+        cos, sin = angle.cos().to(keys), angle.sin().to(keys)
+        if self.interleaved:
+            first = keys[..., self.start : self.start + 2 * pairs : 2]
+            second = keys[..., self.start + 1 : self.start + 2 * pairs : 2]
+        else:
+            first = keys[..., self.start : self.start + pairs]
+            second = keys[..., self.start + pairs : self.start + 2 * pairs]
+        before = first.clone()
+        first.mul_(cos).addcmul_(second, sin, value=-1)
+        second.mul_(cos).addcmul_(before, sin)
+        return keys
+
+
+def rotations(model: Any, method: str) -> list[Rotation]:
+    """One Rotation per cache layer, found by running single tokens at two positions and comparing the cached keys.
+
+    Raises SubjectError with the reason where the cached keys cannot be moved to other positions: positions that are
+    learned, added as a bias (ALiBi) or whose frequencies depend on the length, and layers that keep something else
+    than all keys and values (sliding windows, recurrent states).
+    """
+    _refuse_length_dependent(model, method)
+    here, there = _cached_keys(model, method, 0), _cached_keys(model, method, PROBE_SHIFT)
+    candidates = _candidates(model, here[0].shape[-1])
+    found: list[Rotation] = []
+    shared: dict[tuple[int, bool, int], Rotation] = {}
+    for layer, (before, after) in enumerate(zip(here, there, strict=True)):
+        rotation = _fit(before, after, candidates)
+        if rotation is None:
+            raise SubjectError(
+                f"{method} needs rotary positions in the cached keys; layer {layer} of this {type(model).__name__} "
+                "carries its positions in another way (learned, or mixed into the hidden states)."
+            )
+        key = (id(rotation.frequencies) if not rotation.none else 0, rotation.interleaved, rotation.start)
+        found.append(shared.setdefault(key, rotation))
+    if all(rotation.none for rotation in found):
+        raise SubjectError(
+            f"{method} needs rotary positions in the cached keys; those of this {type(model).__name__} carry none "
+            "(its positions are an attention bias, or it has none)."
+        )
+    return found
+
+
+def _refuse_length_dependent(model: Any, method: str) -> None:
+    config = text_config(model)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)] if isinstance(parameters, dict) else []
+    for kind in (p.get("rope_type", p.get("type")) for p in nested):
+        if kind in {"dynamic", "longrope"}:
+            raise SubjectError(
+                f"{method} moves cached keys to other positions, which needs rotary frequencies that do not depend on "
+                f"the length; this model uses {kind!r} scaling."
+            )
+    scaled = [p for p in nested if any("scaling_beta" in str(key) for key in p)]
+    if scaled or getattr(config, "attn_temperature_tuning", False):
+        raise SubjectError(f"{method} counts positions from the cache; this model scales its queries by absolute position.")
+
+
+@torch.no_grad()
+def _cached_keys(model: Any, method: str, position: int) -> list[Tensor]:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    config = text_config(model)
+    cache = DynamicCache(config=config)
+    # Texts of one token: attention then has nothing to mix, so keys of all layers differ by their position only.
+    tokens = torch.arange(1, PROBE_TOKENS + 1, device=model.device).remainder(max(int(config.vocab_size), 2))[:, None]
+    places = torch.full_like(tokens, position)
+    try:
+        out = model(input_ids=tokens, position_ids=places, past_key_values=cache, use_cache=True)
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+        raise SubjectError(
+            f"{method} needs a model that takes position_ids and a transformers cache; {type(model).__name__} does not: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}."
+        ) from error
+    used = getattr(out, "past_key_values", None)
+    if used is not cache or not cache.layers:
+        raise SubjectError(f"{method} needs a model that uses the cache it is given; {type(model).__name__} does not.")
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer:
+            raise SubjectError(
+                f"{method} needs layers that keep all keys and values; {type(model).__name__} has a "
+                f"{_in_words(type(layer).__name__)} among them."
+            )
+        if not layer.is_initialized or layer.keys.dim() != 4 or layer.keys.shape[-2] != 1:
+            raise SubjectError(
+                f"{method} needs one key per token in every layer; {type(model).__name__} keeps its cache otherwise."
+            )
+    return [layer.keys.float() for layer in cache.layers]
+
+
+def _in_words(layer: str) -> str:
+    return {
+        "DynamicSlidingWindowLayer": "sliding-window layer",
+        "LinearAttentionLayer": "recurrent layer",
+        "DynamicIndexedLayer": "sparse-index layer",
+        "DummyLayer": "layer without a cache of its own",
+    }.get(layer, layer)
+
+
+def _candidates(model: nn.Module, head_dim: int) -> list[Tensor]:
+    """Frequency vectors that the model's rotary modules hold, then the plain ones of its configuration."""
+    found = [
+        buffer.detach().float().flatten().cpu()
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    ]
+    for name, value in ((n, v) for m in model.modules() for n, v in vars(m).items() if n.endswith("inv_freq")):
+        if isinstance(value, Tensor) and not name.endswith("original_inv_freq"):
+            found.append(value.detach().float().flatten().cpu())
+    config = text_config(model)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    theta = getattr(config, "rope_theta", None) or parameters.get("rope_theta") or 10000.0
+    declared = getattr(config, "rotary_dim", None) or head_dim
+    for dim in {int(declared), head_dim, head_dim // 2, head_dim // 4}:
+        if dim >= 2:
+            found.append(float(theta) ** (-torch.arange(0, dim, 2).float() / dim))
+    unique: list[Tensor] = []
+    for frequencies in found:
+        if 0 < 2 * frequencies.numel() <= head_dim and not any(
+            u.shape == frequencies.shape and torch.allclose(u, frequencies) for u in unique
+        ):
+            unique.append(frequencies)
+    return unique
+
+
+def _fit(before: Tensor, after: Tensor, candidates: list[Tensor]) -> Rotation | None:
+    size = before.abs().amax().item()
+    if not math.isfinite(size) or size == 0:
+        return None
+    still = Rotation(torch.empty(0), False, 0)
+    # Half-precision models round their keys after turning them.
+    best, least = None, 2e-2 * size
+    if (after - before).abs().amax().item() <= 1e-5 * size:
+        return still
+    for frequencies in candidates:
+        for start in {0, before.shape[-1] - 2 * frequencies.numel()}:
+            for interleaved in (False, True):
+                rotation = Rotation(frequencies, interleaved, start)
+                error = (rotation.turn_(before.clone(), PROBE_SHIFT) - after).abs().amax().item()
+                if error < least:
+                    best, least = rotation, error
+    return best
