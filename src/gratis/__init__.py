@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gratis.subjects import open
     from gratis.subjects.chat import Chat
     from gratis.subjects.merging import merge
-    from gratis.tasks.task import tasks
+    from gratis.tasks.task import task_catalogue
     from gratis.trials import try_method, verify
 
 __version__ = "0.1.0"
@@ -34,14 +34,14 @@ _PUBLIC = {
     "open": "gratis.subjects",
     "Chat": "gratis.subjects.chat",
     "merge": "gratis.subjects.merging",
-    "tasks": "gratis.tasks.task",
+    "task_catalogue": "gratis.tasks.task",
     "try_method": "gratis.trials",
     "verify": "gratis.trials",
 }
 
 __all__ = [
     "Attachment", "Chat", "Delta", "GratisError", "Recipe", "attach", "attached", "catalogue", "merge", "open",
-    "tasks", "try_method", "verify",
+    "task_catalogue", "try_method", "verify",
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def test_the_card_read_from_the_source_is_the_class_card(entry):
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
 def test_claims_name_real_tasks_metrics_and_parameters(entry):
-    known = gratis.tasks()
+    known = gratis.task_catalogue
     for claim in entry.card.claims:
         task = known[claim.task]
         task(**claim.task_parameters)
@@ -69,7 +69,7 @@ def test_importing_and_listing_load_no_torch_and_open_no_socket():
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"
         "socket.socket = refuse\n"
-        "import gratis\nassert len(gratis.catalogue) > 5\nlist(gratis.tasks().entries)\n"
+        "import gratis\nassert len(gratis.catalogue) > 5\nlist(gratis.task_catalogue.entries)\n"
         "heavy = {'torch', 'transformers', 'diffusers', 'sklearn', 'numpy', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

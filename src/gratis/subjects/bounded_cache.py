@@ -388,7 +388,9 @@ def check_bounded_cache(subject: Any, method: str, budget: int) -> int:
     model = language_model(subject, method)
     window = window_of(model)
     if window is not None and budget > window:
-        raise ParameterError(f"{method}: budget {budget} is longer than the model's window of {window} tokens; lower it.")
+        raise ParameterError(
+            f"{method}: budget {budget} is longer than the model's window of {window} tokens; lower it."
+        )
     return len(rotations(model, method))
 
 

@@ -26,7 +26,9 @@ def language_model(subject: Any, method: str) -> Any:
     if subject.config.is_encoder_decoder:
         raise SubjectError(f"{method} acts on decoder-only language models; {type(subject).__name__} has an encoder.")
     if not subject.can_generate():
-        raise SubjectError(f"{method} needs a model that generates; {type(subject).__name__} has no language-model head.")
+        raise SubjectError(
+            f"{method} needs a model that generates; {type(subject).__name__} has no language-model head."
+        )
     if subject.training:
         raise SubjectError(f"{method} acts on a model in evaluation mode: call model.eval() first.")
     return subject
@@ -116,7 +118,9 @@ def rotations(model: Any, method: str) -> list[Rotation]:
 def _refuse_length_dependent(model: Any, method: str) -> None:
     config = text_config(model)
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)] if isinstance(parameters, dict) else []
+    nested = (
+        [p for p in (parameters, *parameters.values()) if isinstance(p, dict)] if isinstance(parameters, dict) else []
+    )
     for kind in (p.get("rope_type", p.get("type")) for p in nested):
         if kind in {"dynamic", "longrope"}:
             raise SubjectError(
@@ -125,7 +129,9 @@ def _refuse_length_dependent(model: Any, method: str) -> None:
             )
     scaled = [p for p in nested if any("scaling_beta" in str(key) for key in p)]
     if scaled or getattr(config, "attn_temperature_tuning", False):
-        raise SubjectError(f"{method} counts positions from the cache; this model scales its queries by absolute position.")
+        raise SubjectError(
+            f"{method} counts positions from the cache; this model scales its queries by absolute position."
+        )
 
 
 @torch.no_grad()

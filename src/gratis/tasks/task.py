@@ -119,9 +119,10 @@ class Task(Declared):
         raise NotImplementedError
 
 
+task_catalogue = Catalogue("gratis.tasks", Path(__file__).parent, "task", {"TaskCard": TaskCard, "Metric": Metric})
+"""Every task of the installation, by name."""
+
+
 def tasks() -> Mapping[str, Any]:
     """Every task of the installation, by name."""
-    return _tasks
-
-
-_tasks = Catalogue("gratis.tasks", Path(__file__).parent, "task", {"TaskCard": TaskCard, "Metric": Metric})
+    return task_catalogue

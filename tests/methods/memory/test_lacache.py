@@ -77,14 +77,22 @@ def test_golden_vector():
 
 @pytest.mark.parametrize(
     ("layers", "span", "overlap", "constants"),
-    [(32, 16, 0, (2, 1, 1)), (32, 8, 4, (7, 2, 5)), (32, 9, 3, (5, 2, 3)), (24, 9, 7, (9, 5, 4)), (30, 15, 0, (2, 1, 1))],
+    [
+        (32, 16, 0, (2, 1, 1)),
+        (32, 8, 4, (7, 2, 5)),
+        (32, 9, 3, (5, 2, 3)),
+        (24, 9, 7, (9, 5, 4)),
+        (30, 15, 0, (2, 1, 1)),
+    ],
 )
 def test_constants_of_one_ladder(layers, span, overlap, constants):
     ladders = Ladders(gratis.LaCache(budget=256, span=span, overlap=overlap), layers)
     assert (ladders.tall, ladders.kept, ladders.removed) == constants
 
 
-@pytest.mark.parametrize(("layers", "span", "overlap"), [(32, 16, 0), (32, 8, 4), (24, 9, 7), (30, 8, 4), (6, 2, 1), (4, 1, 0)])
+@pytest.mark.parametrize(
+    ("layers", "span", "overlap"), [(32, 16, 0), (32, 8, 4), (24, 9, 7), (30, 8, 4), (6, 2, 1), (4, 1, 0)]
+)
 @pytest.mark.parametrize("budget", [64, 100])
 def test_the_rule_token_by_token(layers, span, overlap, budget):
     mine = simulate(layers, 400, budget=budget, span=span, overlap=overlap, sinks=4)

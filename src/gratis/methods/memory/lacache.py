@@ -80,7 +80,9 @@ class LaCache(Attachable):
     )
 
     budget: int = param(1024, above=1, unit="tokens", help="entries kept per layer", search=(256, 4096))
-    sinks: int = param(4, at_least=1, unit="tokens", help="first tokens, never thinned; counted in budget", search=(1, 128))
+    sinks: int = param(
+        4, at_least=1, unit="tokens", help="first tokens, never thinned; counted in budget", search=(1, 128)
+    )
     span: int | None = param(None, above=0, unit="layers", help="layers that keep a token; None is half of the layers")
     overlap: int = param(0, at_least=0, unit="layers", help="layers that neighbouring tokens share")
     pattern: Literal["released", "contiguous"] = param(
