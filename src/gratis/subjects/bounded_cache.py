@@ -227,7 +227,7 @@ class BoundedCache(Cache):
         tokens[:, self.stored : end] = torch.arange(self.seen, self.seen + count, dtype=torch.int32)
 
     def _add_block(self, layer: int, keys: Tensor, values: Tensor, end: int) -> None:
-        """Memory for this layer and, where it is the first, for all that follow (a later one may turn out different)."""
+        """Memory for this layer and, where it is the first, for all that follow (unless one turns out different)."""
         rows = [layer] if self._blocks else list(range(layer, len(self.layers)))
         room = end + 64
 
@@ -388,9 +388,7 @@ def check_bounded_cache(subject: Any, method: str, budget: int) -> int:
     model = language_model(subject, method)
     window = window_of(model)
     if window is not None and budget > window:
-        raise ParameterError(
-            f"{method}: budget {budget} is longer than the model's window of {window} tokens; lower it."
-        )
+        raise ParameterError(f"{method}: budget {budget} is longer than the model's window of {window} tokens.")
     return len(rotations(model, method))
 
 

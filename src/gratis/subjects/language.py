@@ -66,7 +66,7 @@ class Rotation:
         return self.frequencies.numel() == 0
 
     def turn_(self, keys: Tensor, shift: Tensor | float) -> Tensor:
-        """Turn float keys `(…, length, head_dim)` in place by `shift` positions (a number, or one per key) and return them."""
+        """Turn keys `(…, length, head_dim)` in place by `shift` positions (a number, or one per key); return them."""
         if self.none:
             return keys
         pairs = self.frequencies.numel()
@@ -148,7 +148,7 @@ def _cached_keys(model: Any, method: str, position: int) -> list[Tensor]:
         out = model(input_ids=tokens, position_ids=places, past_key_values=cache, use_cache=True)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
         raise SubjectError(
-            f"{method} needs a model that takes position_ids and a transformers cache; {type(model).__name__} does not: "
+            f"{method} needs a model that takes position_ids and a cache; {type(model).__name__} does not: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}."
         ) from error
     used = getattr(out, "past_key_values", None)

@@ -1,4 +1,4 @@
-"""Read a long text piece by piece and predict every next token: does the model read on, and at what cost?"""
+"""Read a long text piece by piece: does the model read on, and at what cost?"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class LaCache(Attachable):
             "much longer than the budget is thinned in several rounds where the released rule would under-fill the "
             "cache or run out of range."
         ),
-        limits="Eviction is by position and cannot be undone: one distant token is recalled only by the layers that kept it.",
+        limits="Eviction is by position and final: a distant token is recalled only by the layers that kept it.",
         claims=(
             Claim(
                 name="reads on past the model's window where the full cache breaks (loss of the last sixth)",
@@ -128,8 +128,8 @@ class Ladders:
         least = method.sinks + layers + self.tall
         if method.budget < least:
             raise ParameterError(
-                f"LaCache: budget {method.budget} is below {least}, the least for {layers} layers, {method.sinks} sinks "
-                f"and ladders of {self.tall}; raise it."
+                f"LaCache: budget {method.budget} is below {least}, the least for {layers} layers, {method.sinks} "
+                f"sinks and ladders of {self.tall}; raise it."
             )
         self.budget = method.budget
         self.cursor = method.sinks

@@ -50,9 +50,7 @@ class SlidingWindow(Attachable):
     )
 
     budget: int = param(1024, above=1, unit="tokens", help="entries kept per layer", search=(256, 4096))
-    sinks: int = param(
-        4, at_least=0, unit="tokens", help="first tokens, always kept; counted in budget", search=(0, 64)
-    )
+    sinks: int = param(4, at_least=0, unit="tokens", help="first tokens, always kept; part of budget", search=(0, 64))
     chunk: int | None = param(
         None, above=0, unit="tokens", help="read prompts of generate in pieces of this length, evicting in between"
     )

@@ -1,0 +1,211 @@
+"""Finding the parts of a U-Net by structure, counting its calls, and replacing a part's forward without a trace."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gratis.contract.attach import Scope
+from gratis.contract.errors import SubjectError
+
+PER_LAYER = ("resnets", "attentions", "motion_modules", "temp_attentions", "temp_convs")
+"""Lists of a U-Net block that hold one module per layer."""
+
+
+def unet_of(subject: Any, method: str) -> nn.Module:
+    """The U-Net of a diffusers pipeline, or the U-Net itself. Raises SubjectError."""
+    try:
+        from diffusers import DiffusionPipeline, ModelMixin
+    except ImportError:
+        raise SubjectError(f"{method} acts on diffusers objects: install 'gratis[diffusion]'.") from None
+    unet = subject
+    if isinstance(subject, DiffusionPipeline):
+        unet = getattr(subject, "unet", None)
+        if unet is None:
+            raise SubjectError(
+                f"{method} acts on U-Nets; {type(subject).__name__} has none (for diffusion transformers, diffusers has "
+                "caches of its own: enable_cache)."
+            )
+    if type(unet).__name__ == "OptimizedModule":
+        raise SubjectError(f"{method} must be attached before the U-Net is compiled: attach first, then torch.compile.")
+    if not isinstance(unet, ModelMixin):
+        raise SubjectError(f"{method} acts on a diffusers pipeline with a U-Net, not on a {type(subject).__name__}.")
+    if not all(isinstance(getattr(unet, name, None), nn.ModuleList) for name in ("down_blocks", "up_blocks")):
+        raise SubjectError(
+            f"{method} acts on U-Nets with down and up blocks; {type(unet).__name__} has none (for diffusion "
+            "transformers, diffusers has caches of its own: enable_cache)."
+        )
+    return unet
+
+
+@dataclass
+class Layer:
+    """What produces one skip tensor on the way down, or consumes one on the way up."""
+
+    modules: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def first(self) -> nn.Module:
+        """The module that sees the layer's input."""
+        return self.modules[0]
+
+
+@dataclass
+class UNetLayers:
+    """A U-Net as a flat list of layers: skip tensor i is made by `down[i]` and used by `up[len(up) - 1 - i]`."""
+
+    down: list[Layer]
+    """`down[0]` is the input convolution; then one per residual layer and per downsampler."""
+    middle: list[nn.Module]
+    up: list[Layer]
+    after: dict[int, list[nn.Module]]
+    """Upsamplers by the position of the up layer that they follow."""
+
+
+def unet_layers(unet: nn.Module, method: str) -> UNetLayers:
+    """The layers of `unet` in the order of its skip connections. Raises SubjectError naming a block that has others."""
+    down = [Layer([unet.get_submodule("conv_in")])]
+    for block in unet.get_submodule("down_blocks").children():
+        _refuse_block(block, method)
+        down.extend(_block_layers(block))
+        if getattr(block, "downsamplers", None) is not None:
+            down.append(Layer(list(block.downsamplers)))  # type: ignore[arg-type]
+    up: list[Layer] = []
+    after: dict[int, list[nn.Module]] = {}
+    for block in unet.get_submodule("up_blocks").children():
+        _refuse_block(block, method)
+        up.extend(_block_layers(block))
+        if getattr(block, "upsamplers", None) is not None:
+            after[len(up) - 1] = list(block.upsamplers)  # type: ignore[arg-type]
+    if len(up) != len(down):
+        raise SubjectError(
+            f"{method} needs one up layer per skip connection; this {type(unet).__name__} has {len(up)} up layers for "
+            f"{len(down)} skips."
+        )
+    middle = getattr(unet, "mid_block", None)
+    return UNetLayers(down, [middle] if middle is not None else [], up, after)
+
+
+def _refuse_block(block: nn.Module, method: str) -> None:
+    name = type(block).__name__
+    if hasattr(block, "skip_conv") or name.startswith("K") or "Skip" in name or not hasattr(block, "resnets"):
+        raise SubjectError(f"{method} does not know the skip connections of {name}; it acts on plain U-Net blocks.")
+
+
+def _block_layers(block: nn.Module) -> list[Layer]:
+    layers = [Layer([resnet]) for resnet in block.get_submodule("resnets").children()]
+    for name in PER_LAYER[1:]:
+        modules = getattr(block, name, None)
+        if isinstance(modules, nn.ModuleList):
+            for layer, module in zip(layers, modules, strict=False):
+                if module is not None:
+                    layer.modules.append(module)
+    return layers
+
+
+class ReplacedForward:
+    """A module's forward that a method has taken over: `act(forward, args, kwargs)` decides what runs.
+
+    Comes off exactly. If something else wrapped the forward in the meantime, it stays in that chain and does nothing.
+    """
+
+    def __init__(self, module: nn.Module, method: str, act: Callable[..., Any], scope: Scope) -> None:
+        self._inner, self._act, self._method = module.forward, act, method
+        self._on = True
+        had = "forward" in vars(module)
+        before = vars(module).get("forward")
+        vars(module)["forward"] = self
+        owner = weakref.ref(module)
+
+        def restore() -> None:
+            self._on = False
+            current = owner()
+            if current is not None and vars(current).get("forward") is self:
+                if had:
+                    vars(current)["forward"] = before
+                else:
+                    del vars(current)["forward"]
+
+        scope.defer(restore)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._on:
+            return self._inner(*args, **kwargs)
+        return self._act(self._inner, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise SubjectError(f"Detach {self._method} before copying the model: a copy would run the original's weights.")
+
+    def __reduce__(self) -> Any:
+        raise SubjectError(f"Detach {self._method} before saving the model by pickle.")
+
+
+class CallCounter:
+    """Which generation, which call of it, and which context of a step a U-Net call belongs to.
+
+    A generation starts at the first call, when the scheduler sets its timesteps, when the timestep rises, or when
+    shape, dtype or device change. Calls between two scheduler steps are different contexts (conditional and
+    unconditional). Calls are counted, because schedulers such as PNDM and Heun visit a timestep more than once.
+    """
+
+    def __init__(self, pipeline: Any, scope: Scope) -> None:
+        self._pipeline, self._scope = pipeline, scope
+        self._schedulers: list[Any] = []
+        self._signature: Any = None
+        self._timestep = float("inf")
+        self._fresh = True
+        self._in_step = 0
+        self._counts: dict[int, int] = {}
+        self.generation = 0
+        self._watch_scheduler()
+
+    @property
+    def total(self) -> int | None:
+        """U-Net calls per context in this generation, where the pipeline's scheduler tells."""
+        timesteps = getattr(getattr(self._pipeline, "scheduler", None), "timesteps", None)
+        return len(timesteps) if timesteps is not None else None
+
+    def next(self, sample: torch.Tensor, timestep: Any) -> tuple[int, int, bool]:
+        """(context, call index within the generation, whether a generation starts) of the call that begins now."""
+        self._watch_scheduler()
+        # Read once per call; on an accelerator this waits for the timestep only, which pipelines keep on the host
+        # or have just computed.
+        value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        signature = (tuple(sample.shape), sample.dtype, sample.device)
+        starts = self._fresh or signature != self._signature or value > self._timestep
+        if starts:
+            self.generation += 1
+            self._counts.clear()
+            self._in_step = 0
+        self._fresh, self._signature, self._timestep = False, signature, value
+        context = self._in_step if self._schedulers else 0
+        self._in_step += 1
+        index = self._counts.get(context, 0)
+        self._counts[context] = index + 1
+        return context, index, starts
+
+    def _watch_scheduler(self) -> None:
+        scheduler = getattr(self._pipeline, "scheduler", None)
+        if scheduler is None or any(scheduler is known for known in self._schedulers):
+            return
+        self._schedulers.append(scheduler)
+        step, set_timesteps = scheduler.step, scheduler.set_timesteps
+        import functools
+
+        @functools.wraps(step)
+        def counted_step(*args: Any, **kwargs: Any) -> Any:
+            self._in_step = 0
+            return step(*args, **kwargs)
+
+        @functools.wraps(set_timesteps)
+        def fresh_timesteps(*args: Any, **kwargs: Any) -> Any:
+            self._fresh = True
+            return set_timesteps(*args, **kwargs)
+
+        self._scope.set_attribute(scheduler, "step", counted_step)
+        self._scope.set_attribute(scheduler, "set_timesteps", fresh_timesteps)
