@@ -111,10 +111,11 @@ class Recipe:
     def parse(cls, text: str, where: str = "The recipe") -> Self:
         """The recipe that `text` describes; `where` names it in errors."""
         try:
-            _no_aliases(text, where)
-            content = yaml.safe_load(text)
+            content = None if _has_aliases(text) else yaml.safe_load(text)
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise FileError(f"{where} is not plain YAML: {_problem(error)}.") from None
+        if content is None and text.strip():
+            raise FileError(f"{where} uses YAML anchors or aliases, which recipes do not have; write the value out.")
         if not isinstance(content, Mapping):
             raise FileError(f"{where} is not a recipe: it must have the keys version, subject and methods.")
         version = content.get("version")
@@ -173,11 +174,9 @@ class Recipe:
         return self.methods, self.subject, self.trials, self.note
 
 
-def _no_aliases(text: str, where: str) -> None:
-    """Refuse aliases, with which a few lines expand to gigabytes."""
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
-            raise FileError(f"{where} uses YAML anchors or aliases, which recipes do not; write the value out.")
+def _has_aliases(text: str) -> bool:
+    """Whether YAML anchors or aliases are used, with which a few lines expand to gigabytes."""
+    return any(isinstance(t, (yaml.AliasToken, yaml.AnchorToken)) for t in yaml.scan(text, Loader=yaml.SafeLoader))
 
 
 def _problem(error: Exception) -> str:

@@ -45,6 +45,9 @@ COSTS = (
 )
 """What a trial measures on every task, unless the task measures it itself."""
 
+CARD_KEYS = ("title", "authors", "year", "paper", "summary", "acts_on", "free_of", "limits", "differs")
+"""What a trial keeps of a method's card."""
+
 ROUNDS = 3
 ENOUGH_SECONDS = 60.0
 """Without a wish for rounds, no further round is begun after this time."""
@@ -287,6 +290,8 @@ def compare(metric: MetricInfo, after: Measured, before: Measured) -> Comparison
         items, others = (arm.measurements[0].items.get(metric.name, []) for arm in (after, before))
         if statistics.is_mean_of(value, items) and statistics.is_mean_of(baseline, others):
             interval = statistics.paired_interval(items, others)
+        if interval is not None and not interval[0] <= difference <= interval[1]:
+            interval = None
     low, high = interval or (None, None)
     return Comparison(
         metric=metric.name,
@@ -416,7 +421,12 @@ def _arm(arm: Measured) -> Arm:
     return Arm(
         label=arm.candidate.label,
         methods=tuple(
-            MethodRecord(name=m.name, title=type(m).__name__, parameters=_plain(m.parameters()))
+            MethodRecord(
+                name=m.name,
+                title=type(m).__name__,
+                parameters=_plain(m.parameters()),
+                card={key: _plain(getattr(m.card, key)) for key in CARD_KEYS},
+            )
             for m in arm.candidate.methods
         ),
         runs=tuple(arm.runs),

@@ -68,6 +68,8 @@ class MethodRecord(Record):
     name: str
     title: str
     parameters: dict[str, Any]
+    card: dict[str, Any] = Field(default_factory=dict)
+    """What the method's card said when it was measured: paper, year, summary, limits."""
 
 
 class Run(Record):

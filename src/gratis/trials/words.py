@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from gratis.trials.trial import Comparison, MetricInfo, Trial
 
@@ -10,9 +11,11 @@ MARKS = {"better": "better", "worse": "worse", "same": "the same", "unclear": "n
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """A figure with as many digits as a reader can use, and its unit."""
+    """A figure with as many digits as a reader can use, and its unit (bytes and seconds in a readable multiple)."""
     if value is None:
         return "–"
+    factor, unit = scale(abs(value), unit)
+    value = value / factor
     if math.isnan(value):
         return "not a number"
     if math.isinf(value):
@@ -31,6 +34,18 @@ def number(value: float | None, unit: str = "") -> str:
     else:
         text = f"{value:.3f}"
     return f"{text} {unit}".rstrip()
+
+
+def scale(size: float, unit: str) -> tuple[float, str]:
+    """What to divide values of about `size` by, and the unit that they then have."""
+    steps: tuple[tuple[float, str], ...] = ()
+    if unit == "bytes":
+        steps = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    elif unit == "s":
+        steps = ((60.0, "min"),) if size >= 600 else ()
+        if 0 < size < 0.1:
+            return (1e-3, "ms") if size >= 1e-4 else (1e-6, "µs")
+    return next(((step, name) for step, name in steps if size >= step), (1.0, unit))
 
 
 def signed(value: float, unit: str = "") -> str:
@@ -121,6 +136,18 @@ def headline(trial: Trial) -> str:
         if cost is not None and cost.ratio is not None and math.isfinite(cost.ratio) and cost.verdict != "same":
             parts.append(f"{words} × {number(cost.ratio)}")
     return f"{label} beside {untouched}: " + ", ".join(parts) + "."
+
+
+def short(value: Any) -> str:
+    """A plain value of a report in a few characters."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return number(value)
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def capitalised(text: str) -> str:
