@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -217,6 +217,11 @@ def attached(subject: Any) -> tuple[Attachment, ...]:
     with _lock:
         entry = _stacks.get(id(subject))
         return tuple(entry[1]) if entry is not None and entry[0]() is subject else ()
+
+
+def check_together(methods: Iterable[Any]) -> None:
+    """Raise StackingError or AttachmentError if `methods` cannot be on one subject together."""
+    _check_stacking([], tuple(method for method in methods if isinstance(method, AttachableLike)))
 
 
 def _stack(subject: Any) -> list[Attachment]:
