@@ -82,20 +82,21 @@ def print_trial(trial: Trial) -> None:
     )  # fmt: skip
     compared = [trial.compare(last.label, other) for other in others]
     for metric in trial.task.metrics:
-        cells: list[Any] = [f"{metric.title}{f' [{metric.unit}]' if metric.unit else ''}".replace("[", r"\[")]
+        cells: list[Any] = [metric.title]
         for arm in trial.arms:
             summary = arm.metrics[metric.name]
-            spread = (
-                f" ({words.number(summary.low)}–{words.number(summary.high)})" if summary.low != summary.high else ""
-            )
-            cells.append(words.number(summary.median) + spread)
+            spread = words.spread(summary, metric.unit)
+            cells.append(words.number(summary.median, metric.unit) + (f" ({spread})" if spread else ""))
         for comparisons in compared:
             comparison = comparisons[metric.name]
             cells.append(Text(words.change(comparison, metric), style=STYLES[comparison.verdict]))
         made.add_row(*cells)
     out.print(made)
-    for verdict, sentence in words.verdicts(trial):
-        out.print(Text("• " + sentence, style=STYLES[verdict]))
+    for other, told in words.verdicts(trial):
+        out.print(Text(f"{last.label} beside {other}: {words.headline(trial, other)}.", style="bold"))
+        for verdict, sentence in told:
+            out.print(Text("• " + sentence, style=STYLES[verdict]))
+        out.print()
     for arm in trial.arms[1:]:
         for name, report in arm.reports.items():
             said = ", ".join(f"{k.replace('_', ' ')} {words.short(v)}" for k, v in report.items())

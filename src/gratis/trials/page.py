@@ -33,7 +33,7 @@ def render(trial: Trial) -> str:
         trial=trial,
         method=trial.arms[-1],
         colour=colour,
-        headline=words.headline(trial),
+        headlines=[(arm.label, words.headline(trial, arm.label)) for arm in trial.arms[:-1]],
         verdicts=words.verdicts(trial),
         marks=words.MARKS,
         tiles=_tiles(trial),
@@ -132,10 +132,7 @@ def _rows(trial: Trial) -> list[dict[str, Any]]:
 
 def _cell(arm: Arm, metric: MetricInfo) -> tuple[str, str]:
     summary = arm.metrics[metric.name]
-    spread = f"{words.number(summary.low)} – {words.number(summary.high)}" if summary.low != summary.high else ""
-    if spread and metric.unit in {"s", "bytes"}:
-        spread = f"{words.number(summary.low, metric.unit)} – {words.number(summary.high, metric.unit)}"
-    return words.number(summary.median, metric.unit), spread
+    return words.number(summary.median, metric.unit), words.spread(summary, metric.unit)
 
 
 def _inside(trial: Trial) -> list[tuple[str, list[tuple[str, str]]]]:

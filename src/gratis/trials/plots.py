@@ -11,7 +11,7 @@ from gratis.trials import words
 from gratis.trials.statistics import moving_average
 from gratis.trials.trial import Arm, Comparison, MetricInfo, SeriesRecord
 
-WIDE, NARROW = 760, 350
+WIDE, NARROW = 960, 310
 """Widths in which every plot is drawn: the page shows the one that fits, with letters of the same size."""
 
 SMOOTH_ABOVE = 80

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gratis.trials.trial import Comparison, MetricInfo, Trial
+from gratis.trials.trial import Comparison, MetricInfo, Summary, Trial
+
+COUNTS = {"tokens", "calls", "cpu_seconds"}
+"""What the table shows but no sentence tells."""
 
 MARKS = {"better": "better", "worse": "worse", "same": "the same", "unclear": "no clear difference"}
 
@@ -64,60 +67,53 @@ def change(comparison: Comparison, metric: MetricInfo) -> str:
 
 
 def sentence(comparison: Comparison, metric: MetricInfo) -> str:
-    """One metric of one arm beside another's in plain words, as plain when it got worse as when it got better."""
+    """One metric beside another arm's in plain words, as plain when it got worse as when it got better."""
     value, baseline = number(comparison.value, metric.unit), number(comparison.baseline, metric.unit)
-    head = f"{capitalised(metric.title)}: {value} with {comparison.arm}, {baseline} with {comparison.against}"
+    head = f"{capitalised(metric.help)}: {value} against {baseline}"
     if comparison.verdict == "same":
-        return f"{head}: the same."
-    size = number(abs(comparison.difference), metric.unit)
+        return f"{head}, the same."
     if metric.cost:
-        return f"{head}: {_factor(comparison)}."
+        return f"{head}, {_factor(comparison)}."
+    size = number(abs(comparison.difference), metric.unit)
+    gain = "; no gain here" if comparison.verdict == "worse" else ""
     if comparison.low is None or comparison.high is None:
-        ending = {"better": f"{size} better", "worse": f"{size} worse: no gain here"}.get(
-            comparison.verdict, "not comparable"
-        )
-        return f"{head}: {ending} (no interval: the task gives no items for it)."
-    near, far = sorted((abs(comparison.low), abs(comparison.high)))
+        if comparison.verdict == "unclear":
+            return f"{head}, not comparable."
+        return f"{head}, {size} {comparison.verdict}{gain} (the task gives no items for an interval)."
     if comparison.verdict == "unclear":
         low, high = signed(comparison.low), signed(comparison.high, metric.unit)
-        return f"{head}: no clear difference (95 % interval {low} to {high})."
-    ending = f"{size} {comparison.verdict} (95 % interval {number(near)} to {number(far)})"
-    return f"{head}: {ending}{': no gain here' if comparison.verdict == 'worse' else ''}."
+        return f"{head}, no clear difference (95 % interval of the difference {low} to {high})."
+    near, far = sorted((abs(comparison.low), abs(comparison.high)))
+    return f"{head}, {size} {comparison.verdict} (95 % interval {number(near)} to {number(far)}){gain}."
 
 
 def _factor(comparison: Comparison) -> str:
     ratio = comparison.ratio
-    if comparison.verdict == "unclear" or ratio is None or not math.isfinite(ratio):
-        return "no clear difference" if comparison.verdict == "unclear" else signed(comparison.difference)
-    if ratio <= 0:
+    if comparison.verdict == "unclear":
+        return "no clear difference"
+    if ratio is None or not math.isfinite(ratio) or ratio <= 0:
         return signed(comparison.difference)
     return f"{number(1 / ratio)} times less" if ratio < 1 else f"{number(ratio)} times as much"
 
 
-def verdicts(trial: Trial) -> list[tuple[str, str]]:
-    """(verdict, sentence) for the method under trial: quality against every other arm, then costs.
+def verdicts(trial: Trial) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For every other arm, its label and what the method under trial is beside it: (verdict, sentence) per metric.
 
-    Costs that no comparison distinguishes are left to the table.
+    Quality comes first, then costs; costs that are the same are left to the table.
     """
     label = trial.arms[-1].label
-    others = [arm.label for arm in trial.arms[:-1]]
-    told: list[tuple[str, str]] = []
-    for cost in (False, True):
-        for metric in trial.task.metrics:
-            if metric.cost is not cost or metric.name in {"tokens", "calls", "cpu_seconds"}:
-                continue
-            for other in others:
-                comparison = trial.compare(label, other)[metric.name]
-                if cost and comparison.verdict == "same":
-                    continue
-                told.append((comparison.verdict, sentence(comparison, metric)))
+    told: list[tuple[str, list[tuple[str, str]]]] = []
+    for other in trial.arms[:-1]:
+        compared = trial.compare(label, other.label)
+        metrics = sorted((m for m in trial.task.metrics if m.name not in COUNTS), key=lambda m: m.cost)
+        shown = [(compared[m.name], m) for m in metrics if not (m.cost and compared[m.name].verdict == "same")]
+        told.append((other.label, [(str(one.verdict), sentence(one, m)) for one, m in shown]))
     return told
 
 
-def headline(trial: Trial) -> str:
-    """The trial in one sentence: the first quality metric and the most changed cost, against the untouched subject."""
-    label, untouched = trial.arms[-1].label, trial.arms[0].label
-    comparisons = trial.compare(label, untouched)
+def headline(trial: Trial, against: str) -> str:
+    """The trial in a few words: the first quality metric, time and memory, beside one other arm."""
+    comparisons = trial.compare(trial.arms[-1].label, against)
     quality = next((m for m in trial.task.metrics if not m.cost), None)
     parts = []
     if quality is not None:
@@ -125,17 +121,22 @@ def headline(trial: Trial) -> str:
         size = number(abs(comparison.difference), quality.unit)
         parts.append(
             {
-                "better": f"{quality.title} got better by {size}",
-                "worse": f"{quality.title} got worse by {size}",
-                "same": f"{quality.title} stayed the same",
-                "unclear": f"{quality.title} did not change clearly",
+                "better": f"{quality.title} {size} better",
+                "worse": f"{quality.title} {size} worse",
+                "same": f"the same {quality.title}",
+                "unclear": f"no clear difference in {quality.title}",
             }[comparison.verdict]
         )
-    for name, words in (("seconds", "time"), ("peak_memory", "peak memory")):
+    for name, words in (("seconds", "the time"), ("peak_memory", "the peak memory")):
         cost = comparisons.get(name)
-        if cost is not None and cost.ratio is not None and math.isfinite(cost.ratio) and cost.verdict != "same":
-            parts.append(f"{words} × {number(cost.ratio)}")
-    return f"{label} beside {untouched}: " + ", ".join(parts) + "."
+        if cost is not None and cost.ratio is not None and math.isfinite(cost.ratio):
+            parts.append(f"{cost.ratio:.2f} × {words}")
+    return ", ".join(parts)
+
+
+def spread(summary: Summary, unit: str) -> str:
+    """Lowest and highest run, empty where they are the same."""
+    return "" if summary.low == summary.high else f"{number(summary.low, unit)}–{number(summary.high, unit)}"
 
 
 def short(value: Any) -> str:
