@@ -18,6 +18,8 @@ class StreamingPerplexity(Task):
         title="Streaming perplexity",
         acts_on="language model",
         subject="smollm2",
+        untouched="full cache",
+        warm_up={"tokens": 768, "chunk": 128},
         data="English documentation prose that ships with Python, in its order, from a place chosen by the seed",
         metrics=(
             Metric(name="loss", help="mean next-token loss", unit="nats", higher_is_better=False),
@@ -86,12 +88,14 @@ class StreamingPerplexity(Task):
                 progress(ends[-1] / self.tokens, f"{ends[-1]:,} of {self.tokens:,} tokens read")
         assert previous is not None
         losses.append(_loss(previous, ids[0, self.tokens :]))
-        return self._measurement(losses, held, seconds, ends)
+        window = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
+        return self._measurement(losses, held, seconds, ends, window)
 
     def _measurement(
-        self, losses: list[float], held: list[float], seconds: list[float], ends: list[int]
+        self, losses: list[float], held: list[float], seconds: list[float], ends: list[int], window: int | None
     ) -> Measurement:
         tail = losses[-len(losses) // 6 :]
+        marks = [(float(window), "trained window")] if window else []
         sixth = max(len(seconds) // 6, 1)
         last, second = statistics.median(seconds[-sixth:]), statistics.median(seconds[sixth : 2 * sixth])
         pieces = [losses[i : i + 64] for i in range(0, len(losses), 64)]
@@ -114,9 +118,10 @@ class StreamingPerplexity(Task):
                     [statistics.fmean(p) for p in pieces],
                     "position in the text (tokens)",
                     "loss (nats)",
+                    marks,
                 ),
-                "seconds": Series(ends, seconds, "position in the text (tokens)", "time per token (s)"),
-                "memory": Series(ends, held, "position in the text (tokens)", "cache (bytes)"),
+                "seconds": Series(ends, seconds, "position in the text (tokens)", "time per token (s)", marks),
+                "memory": Series(ends, held, "position in the text (tokens)", "cache (bytes)", marks),
             },
             tokens=self.tokens,
             calls=len(ends),
