@@ -112,7 +112,7 @@ def try_method(
     chosen_task.check(opened)
     for candidate in candidates:
         for one in candidate.methods:
-            if isinstance(one, Attachable) and type(chosen_task).applied is Task.applied:
+            if isinstance(one, Attachable):
                 one.check(opened)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     begin = time.perf_counter()
