@@ -255,3 +255,24 @@ def test_two_threads_on_two_subjects(entry):
             np.testing.assert_array_equal(result, expected)
     for subject in built:
         np.testing.assert_array_equal(kind.run(subject), untouched(entry.card.acts_on))
+
+
+# Estimators
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.kind == "estimator"], ids=_id)
+def test_estimators_keep_the_promises(entry):
+    from sklearn.base import clone
+
+    from tests import tiny_vision as tiny
+
+    data = tiny.tiny_features()
+    copies = [part.copy() for part in data]
+    method = example(entry)
+    first = tiny.run(method, data)
+    np.testing.assert_array_equal(tiny.run(clone(method), data), first)
+    for part, copy in zip(data, copies, strict=True):
+        np.testing.assert_array_equal(part, copy)
+    limit = entry.load()(**{**entry.card.examples, **entry.card.unchanged_when})
+    np.testing.assert_array_equal(tiny.run(limit, data), tiny.identity(data))
+    assert not np.array_equal(first, tiny.identity(data))

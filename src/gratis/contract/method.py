@@ -91,9 +91,19 @@ class Merge(Method):
 
 
 class Estimator(Method):
-    """A method over arrays in scikit-learn's shape: `fit`, `partial_fit`, `predict`, `transform`."""
+    """A method over arrays. Its parameters are read and cloned as scikit-learn's are."""
 
     kind = "estimator"
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The constructor arguments, as scikit-learn asks for them."""
+        return self.parameters()
+
+    def set_params(self, **changes: Any) -> Estimator:
+        """Change parameters in place, as scikit-learn's searches do; all are validated first. Raises ParameterError."""
+        for name, value in self.replace(**changes).parameters().items():
+            object.__setattr__(self, name, value)
+        return self
 
 
 KINDS: dict[str, str] = {kind.__name__: kind.kind for kind in (Attachable, Decoding, Program, Edit, Merge, Estimator)}
