@@ -53,7 +53,7 @@ def _both(draw: Any) -> str:
 def _line_plots(trial: Trial, colour: dict[str, str]) -> list[tuple[str, str, str]]:
     made = []
     for name in dict.fromkeys(n for arm in trial.arms for n in arm.series):
-        arms = [arm for arm in trial.arms if name in arm.series and arm.series[name].y]
+        arms = [arm for arm in trial.arms if name in arm.series and plots.points(arm.series[name])]
         if not arms:
             continue
         lines = [plots.Line(arm.label, colour[arm.label], arm.series[name]) for arm in arms]

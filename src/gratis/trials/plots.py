@@ -54,9 +54,9 @@ def colours(arms: Sequence[Arm]) -> dict[str, str]:
 
 def line_plot(lines: Sequence[Line], width: int) -> str:
     """Values along something, one line per arm, smoothed where there are many."""
-    smoothed = [_points(line.series) for line in lines]
-    xs = [x for points in smoothed for x, _ in points]
-    ys = [y for points in smoothed for _, y in points]
+    smoothed = [points(line.series) for line in lines]
+    xs = [x for places in smoothed for x, _ in places]
+    ys = [y for places in smoothed for _, y in places]
     marks = sorted({mark for line in lines for mark in line.series.marks if min(xs) <= mark[0] <= max(xs)})
     height = 300 if width == WIDE else 250
     left, right, top, bottom = 52, 12, 26 if marks else 12, 44
@@ -76,13 +76,13 @@ def line_plot(lines: Sequence[Line], width: int) -> str:
         shift = -5 if anchor == "end" else 5
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{top + inner_height}"/>')
         parts.append(_text("note", x + shift, top - 10, text, anchor))
-    for line, points in zip(lines, smoothed, strict=True):
-        path = " ".join(at(x, y) for x, y in points)
+    for line, places in zip(lines, smoothed, strict=True):
+        path = " ".join(at(x, y) for x, y in places)
         parts.append(
             f'<polyline class="line {line.colour}" points="{path}"><title>{escape(line.label)}</title></polyline>'
         )
-        if len(points) <= 24:
-            parts.extend(_dots(line.colour, [at(x, y) for x, y in points]))
+        if len(places) <= 24:
+            parts.extend(_dots(line.colour, [at(x, y) for x, y in places]))
     return _svg(width, height, f"{vertical.label} against {horizontal.label}", parts)
 
 
@@ -164,7 +164,8 @@ def _round_step(rough: float) -> float:
     return next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
 
 
-def _points(series: SeriesRecord) -> list[tuple[float, float]]:
+def points(series: SeriesRecord) -> list[tuple[float, float]]:
+    """What is drawn of a series: smoothed, without what is not a number."""
     window = smoothing(series)
     pairs = zip(series.x, moving_average(series.y, window), strict=True)
     return [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
