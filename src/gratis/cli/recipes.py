@@ -119,7 +119,7 @@ def _trial_line(path: Path, out: Path, methods: list[Any]) -> Any:
     import os
 
     from gratis.contract.errors import FileError
-    from gratis.contract.recipe import TrialLine
+    from gratis.contract.recipe import Figure, TrialLine
     from gratis.trials.trial import Trial
 
     trial = Trial.load(path)
@@ -127,7 +127,7 @@ def _trial_line(path: Path, out: Path, methods: list[Any]) -> Any:
         measured = ", ".join(m.name for m in trial.arms[-1].methods)
         raise FileError(f"{path} is a trial of {measured}, not of this recipe's methods.")
     figures = {
-        name: (comparison.baseline, comparison.value)
+        name: Figure(before=comparison.baseline, after=comparison.value)
         for name, comparison in trial.compare(trial.arms[-1].label, trial.arms[0].label).items()
     }
     return TrialLine(

@@ -34,14 +34,21 @@ class MethodLine(_Strict):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
+class Figure(_Strict):
+    """A metric without and with the methods of a recipe."""
+
+    before: float
+    after: float
+
+
 class TrialLine(_Strict):
     """A trial behind a recipe: enough to see what was measured, and to measure it again."""
 
     task: str
     task_parameters: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
-    figures: dict[str, tuple[float, float]] = Field(default_factory=dict, strict=False)
-    """Metric to its values before and after."""
+    figures: dict[str, Figure] = Field(default_factory=dict)
+    """What was measured, by metric."""
     measured: str = ""
     file: str = ""
     """The trial file, relative to the recipe."""
@@ -195,7 +202,7 @@ def _first(error: ValidationError) -> str:
         if parents and parents[0] == "methods":
             known = MethodLine.model_fields
         elif parents and parents[0] == "trials":
-            known = TrialLine.model_fields
+            known = Figure.model_fields if "figures" in parents else TrialLine.model_fields
         return f"unknown key {str(key)!r}{suggestion(str(key), known)}."
     if first["type"] == "missing":
         return f"{place} is missing."
