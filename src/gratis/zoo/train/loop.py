@@ -105,8 +105,13 @@ def save_half(model: Any, folder: Path) -> None:
     copy.deepcopy(model).to(torch.float16).save_pretrained(folder, safe_serialization=True)
 
 
-def write_card(folder: Path, name: str, what: str, data: str, use: str, figures: dict[str, Any]) -> None:
-    """The model's README.md and its figures as figures.json, both from what this run measured."""
+def write_card(
+    folder: Path, name: str, what: str, data: str, use: str, figures: dict[str, Any], *, script: str = "", flags: str = ""
+) -> None:
+    """The model's README.md and its figures as figures.json, both from what this run measured.
+
+    `script` is the training module's name where it differs from the model's, `flags` what it was called with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items())
@@ -119,7 +124,7 @@ library_name: {"diffusers" if (folder / "model_index.json").exists() else "trans
 {what}
 
 - Data: {data}
-- Train it anew: `python -m gratis.zoo.train.{name.replace("-", "_")}`
+- Train it anew: `python -m gratis.zoo.train.{script or name.replace("-", "_")}{flags}`
 - Use: {use}
 - Weights: {size / 1e6:.2f} MB, float16, licence Apache-2.0
 
