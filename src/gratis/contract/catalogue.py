@@ -60,6 +60,12 @@ class Catalogue(Mapping[str, Any]):
         if "card = " not in source:
             return
         parts = path.relative_to(self._folder).with_suffix("").parts
+        try:
+            yield from self._entries(source, parts)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{'/'.join(parts)}.py: {error}") from None
+
+    def _entries(self, source: str, parts: tuple[str, ...]) -> Iterator[Entry]:
         for node in ast.parse(source).body:
             if not isinstance(node, ast.ClassDef):
                 continue
@@ -138,7 +144,10 @@ def literal(node: ast.expr, makers: Mapping[str, Any]) -> Any:
         return tuple(literal(item, makers) for item in node.elts)
     if isinstance(node, ast.Dict):
         return {ast.literal_eval(k): literal(v, makers) for k, v in zip(node.keys, node.values, strict=True) if k}
-    return ast.literal_eval(node)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"a card must be a literal, found {ast.unparse(node)} (line {node.lineno})") from None
 
 
 _root = Path(__file__).parent.parent
