@@ -74,6 +74,7 @@ class Catalogue(Mapping[str, Any]):
                     isinstance(statement, ast.Assign)
                     and isinstance(statement.targets[0], ast.Name)
                     and statement.targets[0].id == "card"
+                    and not isinstance(statement.value, ast.Attribute)
                 ):
                     yield Entry(
                         name=kebab(parts[-1]),
