@@ -154,6 +154,6 @@ def install(monkeypatch: Any) -> SimpleNamespace:
     methods, tasks = fake_catalogue(Raise, Lower, Break), fake_catalogue(Count, WarmCount)
     for module in (claims, measuring):
         monkeypatch.setattr(module, "catalogue", methods)
-        monkeypatch.setattr(module, "tasks", lambda: tasks)
+        monkeypatch.setattr(module, "task_catalogue", tasks)
     LOG.clear()
     return SimpleNamespace(methods=methods, tasks=tasks)

@@ -16,7 +16,12 @@ def _fakes(monkeypatch):
 
 def test_claims_pass_and_fail_by_their_bounds():
     first, second = claims.verify("raise")
-    assert (first.claim, first.passed, first.figure, first.bound) == ("raises by one", True, pytest.approx(0.9875), ">= 0.9")
+    assert (first.claim, first.passed, first.figure, first.bound) == (
+        "raises by one",
+        True,
+        pytest.approx(0.9875),
+        ">= 0.9",
+    )
     assert first.low < first.figure < first.high
     assert (first.value, first.baseline, first.against) == (pytest.approx(1.975), pytest.approx(0.9875), "as it is")
     assert (second.passed, second.figure) == (False, pytest.approx(2))

@@ -32,6 +32,8 @@ def run(arguments: Sequence[str]) -> int:
         done = typer.main.get_command(app)(
             args=[a for a in arguments if a != "--debug"] or ["--help"], prog_name="gratis", standalone_mode=False
         )
+        if done == INTERRUPTED:
+            raise KeyboardInterrupt
         return done if isinstance(done, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted; what was being written was left out.", INTERRUPTED)

@@ -50,11 +50,11 @@ def rival(text: str) -> Any:
 
 def task(name: str | None, sets: Iterable[str], of: Any) -> Any:
     """The task called `name`, or that of the first claim of the method `of`, with `key=value` texts."""
-    from gratis.tasks.task import tasks
+    from gratis.tasks.task import task_catalogue
     from gratis.trials.measuring import default_task
 
     given = assignments(sets, "--task-set")
-    kind = tasks()[name or default_task(of)]
+    kind = task_catalogue[name or default_task(of)]
     claims = of.card.claims
     usual = dict(claims[0].task_parameters) if name is None and claims else {}
     return kind(**{**usual, **parsed(kind, given)})
@@ -75,9 +75,9 @@ def complete_method(incomplete: str) -> list[tuple[str, str]]:
 
 def complete_task(incomplete: str) -> list[tuple[str, str]]:
     """Names of tasks for the shell."""
-    from gratis.tasks.task import tasks
+    from gratis.tasks.task import task_catalogue
 
-    entries = tasks().entries  # type: ignore[attr-defined]
+    entries = task_catalogue.entries
     return [(n, e.card.title) for n, e in entries.items() if n.startswith(incomplete)]
 
 

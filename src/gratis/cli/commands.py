@@ -95,9 +95,9 @@ def show(name: MethodName, as_json: AsJson = False) -> None:
     """Show a method (or task): its paper, parameters, limits, and claims with their last results."""
     from gratis.cli import showing
     from gratis.contract.catalogue import catalogue
-    from gratis.tasks.task import tasks
+    from gratis.tasks.task import task_catalogue
 
-    if name not in catalogue and name in tasks():
+    if name not in catalogue and name in task_catalogue:
         showing.show_task(name, as_json)
     else:
         showing.show_method(catalogue.resolve(name), as_json)
@@ -199,9 +199,9 @@ def verify(
 @app.command("tasks")
 def list_tasks(as_json: AsJson = False) -> None:
     """List the tasks: what "better" can mean."""
-    from gratis.tasks.task import tasks
+    from gratis.tasks.task import task_catalogue
 
-    entries = tasks().entries.values()  # type: ignore[attr-defined]
+    entries = task_catalogue.entries.values()
     if as_json:
         terminal.print_json(
             [

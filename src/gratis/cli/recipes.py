@@ -82,10 +82,10 @@ def run(
         print(_generated(recipe, model, prompt, tokens))
         return
     from gratis.cli.commands import _measure, _present
-    from gratis.tasks.task import tasks
+    from gratis.tasks.task import task_catalogue
 
     lines = recipe.trials
-    chosen = [(tasks()[line.task](**line.task_parameters), line.seed) for line in lines]
+    chosen = [(task_catalogue[line.task](**line.task_parameters), line.seed) for line in lines]
     for task, seed in chosen or [(arguments.task(None, (), recipe.methods[-1]), 0)]:
         trial = _measure(recipe.methods, model or recipe.subject or None, task, [], None, seed, show=not as_json)
         _present(trial, out, as_json)

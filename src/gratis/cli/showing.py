@@ -73,9 +73,9 @@ def show_task(name: str, as_json: bool) -> None:
     """What a task measures, on what, and its parameters."""
     from rich.markup import escape
 
-    from gratis.tasks.task import tasks
+    from gratis.tasks.task import task_catalogue
 
-    entry = tasks().resolve(name)  # type: ignore[attr-defined]
+    entry = task_catalogue.resolve(name)
     kind, card = entry.load(), entry.card
     if as_json:
         terminal.print_json(

@@ -26,8 +26,12 @@ def console(stderr: bool = False) -> Console:
     """A console that colours and fits a terminal, and is plain and wide elsewhere. Honours NO_COLOR."""
     from rich.console import Console
 
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else WIDE, highlight=False, soft_wrap=False)
+    return Plain(stderr=stderr, width=None if stream.isatty() else WIDE, highlight=False, soft_wrap=False)
 
 
 def print_json(value: Any) -> None:

@@ -16,7 +16,7 @@ from gratis.contract.card import Claim
 from gratis.contract.catalogue import Entry, catalogue
 from gratis.contract.errors import GratisError
 from gratis.contract.files import write_text
-from gratis.tasks.task import Progress, Task, silent, tasks
+from gratis.tasks.task import Progress, Task, silent, task_catalogue
 from gratis.trials.environment import environment
 from gratis.trials.measuring import Candidate, Measured, Refused, compare, infos, measure_rounds, warm_up
 from gratis.trials.trial import Record, VersionedRecord, load_record
@@ -158,7 +158,7 @@ def _groups(promises: list[_Promise]) -> list[_Group]:
     groups: dict[str, _Group] = {}
     for promise in promises:
         claim = promise.claim
-        entry = tasks().entries.get(claim.task)  # type: ignore[attr-defined]
+        entry = task_catalogue.entries.get(claim.task)
         subject = claim.subject or (entry.card.subject if entry is not None else "")
         key = json.dumps([claim.task, dict(claim.task_parameters), subject], sort_keys=True, default=str)
         group = groups.setdefault(key, _Group(claim.task, dict(claim.task_parameters), subject))
@@ -172,7 +172,7 @@ def _run_group(
     """Measure what the claims of a group need, in turns, and hold each against its bound."""
     begin = time.perf_counter()
     try:
-        task: Task = tasks()[group.task](**group.parameters)
+        task: Task = task_catalogue[group.task](**group.parameters)
         subject = _subject(group, task, opened)
         task.check(subject)
     except Exception as error:

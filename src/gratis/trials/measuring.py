@@ -16,7 +16,7 @@ from gratis.contract.attach import attach, attached
 from gratis.contract.catalogue import catalogue
 from gratis.contract.errors import GratisError, ParameterError, SubjectError
 from gratis.contract.method import Attachable, Method
-from gratis.tasks.task import Measurement, Metric, Progress, Task, silent, tasks
+from gratis.tasks.task import Measurement, Metric, Progress, Task, silent, task_catalogue
 from gratis.trials import statistics
 from gratis.trials.environment import environment
 from gratis.trials.memory import PeakMemory
@@ -354,13 +354,13 @@ def _task(task: str | Task | None, method: Method) -> Task:
     if isinstance(task, Task):
         return task
     if task is not None:
-        return tasks()[task]()  # type: ignore[no-any-return]
+        return task_catalogue[task]()  # type: ignore[no-any-return]
     parameters = method.card.claims[0].task_parameters if method.card.claims else {}
-    return tasks()[default_task(method)](**parameters)  # type: ignore[no-any-return]
+    return task_catalogue[default_task(method)](**parameters)  # type: ignore[no-any-return]
 
 
 def _task_entries() -> Mapping[str, Any]:
-    return tasks().entries  # type: ignore[attr-defined,no-any-return]
+    return task_catalogue.entries
 
 
 def _opened(subject: Any, task: Task) -> Any:
