@@ -3,8 +3,24 @@ import pytest
 
 from gratis.contract.errors import InputError, ParameterError
 from gratis.zoo.sprites import (
-    COLOURS, DOMAINS, SHAPES, SIZES, TEXTURES, Background, Scene, Scenes, Sprite, World, agreement, ambiguous_caption,
-    caption, consistent, parse, render, shift, words,
+    COLOURS,
+    DOMAINS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Background,
+    Scene,
+    Scenes,
+    Sprite,
+    World,
+    agreement,
+    ambiguous_caption,
+    caption,
+    consistent,
+    parse,
+    render,
+    shift,
+    words,
 )  # fmt: skip
 from gratis.zoo.sprites.page import page, png
 
@@ -32,7 +48,7 @@ def test_columns_and_descriptions_are_the_same_scenes():
 
 def test_constraints_hold():
     scenes = BUSY.scenes(0, 2000)
-    assert set(scenes.count.tolist()) == {0, 1, 2, 3, 4}
+    assert set(scenes.numbers.tolist()) == {0, 1, 2, 3, 4}
     for scene in scenes:
         kinds = [(sprite.colour, sprite.shape) for sprite in scene.sprites]
         assert len(set(kinds)) == len(kinds)

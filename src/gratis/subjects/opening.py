@@ -26,6 +26,7 @@ def open(
     - `"smollm2"`: the embedded language model (converted once into the cache folder);
     - a folder or a `.gguf` file: a transformers model, or a diffusers pipeline where `model_index.json` says so;
     - `"http://…/v1"`: a chat endpoint (its key is read from the environment);
+    - `"zoo:NAME"`: a small trained model that comes with gratis (`gratis.zoo.names()`), of its own standard class;
     - `"chat:NAME"`: any language model of this list, as a local chat;
     - anything with one slash, `"owner/name"`: a model of the hub. Nothing else touches the network.
 
@@ -41,6 +42,10 @@ def open(
         from gratis.subjects.chat import Chat
 
         return Chat(open(text.removeprefix("chat:"), dtype=dtype, device=device, progress=progress))
+    if text.startswith("zoo:"):
+        from gratis import zoo
+
+        return zoo.load(text.removeprefix("zoo:"), dtype=dtype, device=device)
     if not text:
         raise UnknownNameError("There is no model '': name one, for example smollm2.")
     if text in EMBEDDED:

@@ -1,4 +1,4 @@
-"""Step-by-step arithmetic as text: problems, worked solutions with checks, and reading the answer.
+r"""Step-by-step arithmetic as text: problems, worked solutions with checks, and reading the answer.
 
 A problem adds and subtracts two to four whole numbers. A solution works through it in paragraphs: a step, now and
 then a check of that step digit by digit, at the end the answer:
@@ -11,7 +11,7 @@ then a check of that step digit by digit, at the end the answer:
 
     Then 632-119=513.
 
-    So the final answer is \\boxed{513}.
+    So the final answer is \boxed{513}.
 
 `arithmetic-small` and `arithmetic-large` were trained on such solutions; planted mistakes were shown to them and not
 taught. Their tokenizer writes each digit as one token and common phrases as one token each.

@@ -70,9 +70,7 @@ def caption(scene: Scene, attributes: Collection[str] = ATTRIBUTES, background: 
     return f"{said} on a {scene.background.colour} background" if background else said
 
 
-def ambiguous_caption(
-    scene: Scene, probabilities: Mapping[str, float], seed: int = 0, background: float = 0.0
-) -> str:
+def ambiguous_caption(scene: Scene, probabilities: Mapping[str, float], seed: int = 0, background: float = 0.0) -> str:
     """A true caption that says each attribute of each sprite only with its probability (absent: never).
 
     `background` is the probability of naming the background. The same scene and seed give the same caption; other
@@ -109,7 +107,7 @@ def parse(text: str) -> tuple[list[dict[str, str]], str | None]:
         said = {_OF_WORD[word][0]: word for word in phrase.split() if word in _OF_WORD}
         places = [position for position, place in _POSITIONS.items() if phrase.endswith(place)]
         if places:
-            said["position"] = " ".join(max(places, key=lambda position: len(_POSITIONS[position])))
+            said["position"] = " ".join(places[0])
         if said:
             sprites.append(said)
     return sprites, background

@@ -12,7 +12,7 @@ from gratis.contract.errors import InputError, ParameterError
 from gratis.zoo.sprites.rendering import lattice_noise
 from gratis.zoo.sprites.scene import require_name
 
-_Pictures = NDArray[np.float32]
+_Pictures = NDArray[np.floating[Any]]
 
 
 def shift(images: NDArray[np.uint8], domain: str, strength: float = 1.0, seed: int = 0) -> NDArray[np.uint8]:
@@ -30,15 +30,15 @@ def shift(images: NDArray[np.uint8], domain: str, strength: float = 1.0, seed: i
         )
     if strength == 0:
         return images.copy()
-    changed = DOMAINS[domain](images.astype(np.float32) / 255, np.float32(strength), seed)
+    changed = DOMAINS[domain](images.astype(np.float32) / 255, float(strength), seed)
     return (np.clip(changed, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _clear(images: _Pictures, strength: Any, seed: int) -> _Pictures:
+def _clear(images: _Pictures, strength: float, seed: int) -> _Pictures:
     return images
 
 
-def _noise(images: _Pictures, strength: Any, seed: int) -> _Pictures:
+def _noise(images: _Pictures, strength: float, seed: int) -> _Pictures:
     """Independent normal noise per pixel and channel, standard deviation 0.15."""
     keys = np.arange(len(images), dtype=np.int64) + (seed << 32)
     side = max(images.shape[1:3])
@@ -46,24 +46,26 @@ def _noise(images: _Pictures, strength: Any, seed: int) -> _Pictures:
     return images + 0.15 * strength * noise[:, : images.shape[1], : images.shape[2]]
 
 
-def _fog(images: _Pictures, strength: Any, seed: int) -> _Pictures:
+def _fog(images: _Pictures, strength: float, seed: int) -> _Pictures:
     """Contrast fades to light grey towards the top, as with distance: 75 % there, 25 % at the bottom."""
     depth = np.linspace(0.75, 0.25, images.shape[1], dtype=np.float32)[None, :, None, None]
-    veil = 1 - (1 - depth) ** strength
+    veil: _Pictures = 1 - (1 - depth) ** strength
     return images * (1 - veil) + 0.75 * veil
 
 
-def _night(images: _Pictures, strength: Any, seed: int) -> _Pictures:
+def _night(images: _Pictures, strength: float, seed: int) -> _Pictures:
     """Dark and bluish: each channel scaled, blue the least."""
-    return images * np.array([0.30, 0.36, 0.55], np.float32) ** strength
+    darker: _Pictures = np.array([0.30, 0.36, 0.55], np.float32) ** strength
+    return images * darker
 
 
-def _cast(images: _Pictures, strength: Any, seed: int) -> _Pictures:
+def _cast(images: _Pictures, strength: float, seed: int) -> _Pictures:
     """A warm colour cast."""
-    return images * np.array([1.15, 0.85, 0.55], np.float32) ** strength
+    warmer: _Pictures = np.array([1.15, 0.85, 0.55], np.float32) ** strength
+    return images * warmer
 
 
-def _blur(images: _Pictures, strength: Any, seed: int) -> _Pictures:
+def _blur(images: _Pictures, strength: float, seed: int) -> _Pictures:
     """Gaussian blur whose standard deviation is 1/32 of the height."""
     from scipy.ndimage import gaussian_filter
 
@@ -72,28 +74,28 @@ def _blur(images: _Pictures, strength: Any, seed: int) -> _Pictures:
     return blurred
 
 
-def _faded(images: _Pictures, strength: Any, seed: int) -> _Pictures:
+def _faded(images: _Pictures, strength: float, seed: int) -> _Pictures:
     """Contrast at 35 %, around mid grey."""
-    return 0.5 + (images - 0.5) * np.float32(0.35) ** strength
+    return 0.5 + (images - 0.5) * float(0.35**strength)
 
 
-def _negative(images: _Pictures, strength: Any, seed: int) -> _Pictures:
+def _negative(images: _Pictures, strength: float, seed: int) -> _Pictures:
     """Inverted brightness; strength below 1 mixes."""
     mix = min(float(strength), 1.0)
     return images * (1 - mix) + (1 - images) * mix
 
 
-def _drawing(images: _Pictures, strength: Any, seed: int) -> _Pictures:
+def _drawing(images: _Pictures, strength: float, seed: int) -> _Pictures:
     """Edges only, dark on white paper: no colour is left; strength below 1 mixes with the picture."""
     grey = images.mean(axis=-1)
     down = np.abs(np.diff(grey, axis=1, append=grey[:, -1:]))
     right = np.abs(np.diff(grey, axis=2, append=grey[:, :, -1:]))
-    paper = np.clip(1 - 4 * np.maximum(down, right), 0, 1)[..., None]
+    paper: _Pictures = np.clip(1 - 4 * np.maximum(down, right), 0, 1)[..., None]
     mix = min(float(strength), 1.0)
     return images * (1 - mix) + paper * mix
 
 
-DOMAINS: dict[str, Callable[[_Pictures, Any, int], _Pictures]] = {
+DOMAINS: dict[str, Callable[[_Pictures, float, int], _Pictures]] = {
     "clear": _clear, "noise": _noise, "fog": _fog, "night": _night, "cast": _cast, "blur": _blur, "faded": _faded,
     "negative": _negative, "drawing": _drawing,
 }  # fmt: skip

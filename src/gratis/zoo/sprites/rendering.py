@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from gratis.contract.errors import ParameterError
 from gratis.zoo.sprites.scene import BACKGROUND_COLOURS, BACKGROUND_KINDS, COLOURS, SHAPES, TEXTURES, Scene, Scenes
 
-_Floats = NDArray[np.float32]
+_Floats = NDArray[np.floating[Any]]
 _CHUNK_PIXELS = 1 << 19  # pixels of one chunk: its float arrays stay in the processor's cache
 _DARKER = 0.45
 
@@ -56,8 +57,9 @@ def render(scenes: Scenes | Scene | Sequence[Scene], size: int = 32) -> Renderin
 
 def boxes_of(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Boxes (..., 4) around masks (..., height, width): left, top, right, bottom, the last two exclusive."""
-    columns, rows = masks.any(axis=-2), masks.any(axis=-1)
-    seen = columns.any(axis=-1)
+    columns: NDArray[np.bool_] = np.any(masks, axis=-2)
+    rows: NDArray[np.bool_] = np.any(masks, axis=-1)
+    seen: NDArray[np.bool_] = np.any(columns, axis=-1)
     edges = [
         columns.argmax(axis=-1), rows.argmax(axis=-1),
         masks.shape[-1] - columns[..., ::-1].argmax(axis=-1), masks.shape[-2] - rows[..., ::-1].argmax(axis=-1),
@@ -120,9 +122,10 @@ def signed_distance(shape: str, u: _Floats, v: _Floats) -> _Floats:
         return np.maximum(np.abs(u), np.abs(v)) - np.float32(0.8)
     if shape == "diamond":
         across, down = 0.7, 1.0
-        return (np.abs(u) / across + np.abs(v) / down - 1) * np.float32(1 / np.hypot(1 / across, 1 / down))
+        diamond: _Floats = (np.abs(u) / across + np.abs(v) / down - 1) / float(np.hypot(1 / across, 1 / down))
+        return diamond
     if shape == "triangle":
-        return np.maximum(v - np.float32(0.5), np.abs(u) * np.float32(np.sqrt(0.75)) - v * 0.5 - np.float32(0.5))
+        return np.maximum(v - 0.5, np.abs(u) * float(np.sqrt(0.75)) - v * 0.5 - 0.5)
     if shape == "cross":
         a, b = np.abs(u), np.abs(v)
         arm, half = np.float32(0.95), np.float32(0.31)
@@ -182,7 +185,8 @@ def _background(scenes: Scenes, pixels: _Floats) -> _Floats:
             tone[rows] = np.where(np.floor(pixels * 8) % 2 == 1, np.float32(16), np.float32(-16))[None, :, None]
         elif kind == "noisy":
             tone[rows] = 18 * lattice_noise(scenes.key[rows], size)
-    return np.clip(base[:, None, None, :] + tone[..., None], 0, 255)
+    paint: _Floats = np.clip(base[:, None, None, :] + tone[..., None], 0, 255)
+    return paint
 
 
 def lattice_noise(keys: NDArray[np.int64], size: int, stream: int = 0) -> _Floats:

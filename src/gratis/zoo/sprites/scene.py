@@ -124,7 +124,7 @@ class Scenes(Sequence[Scene]):
         width = max((len(scene.sprites) for scene in scenes), default=0)
 
         def column(name: str, missing: float, dtype: type, known: Sequence[str] | None = None) -> NDArray[Any]:
-            out = np.full((len(scenes), width), missing, dtype)
+            out: NDArray[Any] = np.full((len(scenes), width), missing, dtype)
             for row, scene in enumerate(scenes):
                 for place, sprite in enumerate(scene.sprites):
                     value = getattr(sprite, name)
@@ -160,9 +160,10 @@ class Scenes(Sequence[Scene]):
         return self.shape >= 0
 
     @property
-    def count(self) -> NDArray[np.int64]:
-        """Sprites per scene: (batch,)."""
-        return self.present.sum(axis=1)
+    def numbers(self) -> NDArray[np.int64]:
+        """How many sprites each scene has: (batch,)."""
+        numbers: NDArray[np.int64] = self.present.sum(axis=1)
+        return numbers
 
     @property
     def size(self) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,9 +163,10 @@ class World:
             ) - (scenes.radius[:, :, None] + scenes.radius[:, None, :])
             clash |= apart < self.gap
         for name in self.distinct:
-            column = scenes.colour.astype(np.int64) * len(SHAPES) + scenes.shape if name == "kind" else getattr(scenes, name)
-            clash |= column[:, :, None] == column[:, None, :]
-        broken: NDArray[np.bool_] = (clash & both).any(axis=(1, 2))
+            kind = scenes.colour.astype(np.int64) * len(SHAPES) + scenes.shape
+            column: NDArray[Any] = kind if name == "kind" else getattr(scenes, name)
+            clash |= np.equal(column[:, :, None], column[:, None, :])
+        broken: NDArray[np.bool_] = np.any(clash & both, axis=(1, 2))
         return broken
 
 

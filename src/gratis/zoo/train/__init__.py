@@ -1,1 +1,1 @@
-"""Training scripts of the zoo: `python -m gratis.zoo.train.NAME` trains NAME anew, with its seed, and says how it did."""
+"""Training scripts of the zoo: `python -m gratis.zoo.train.NAME` trains NAME anew and says how it did."""

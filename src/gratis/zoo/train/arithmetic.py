@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ from gratis.zoo.arithmetic import CHARACTERS, PIECES, Problem, accuracy, problem
 from gratis.zoo.text import character_tokenizer
 from gratis.zoo.train.loop import Average, arguments, fit, save_half, write_card
 
-SIZES = {"small": {"hidden": 64, "layers": 2, "steps": 2500}, "large": {"hidden": 96, "layers": 3, "steps": 5000}}
+SIZES = {"small": {"hidden": 64, "layers": 2, "steps": 2500}, "large": {"hidden": 96, "layers": 3, "steps": 3000}}
 TEST_SEED = 1_000_003
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}\n<think>\n"
 
 
-def language_model(size: str, vocabulary: int) -> LlamaForCausalLM:
+def language_model(size: str, vocabulary: int) -> Any:
     """A Llama with four heads; positions up to 1,024."""
     hidden = SIZES[size]["hidden"]
     return LlamaForCausalLM(
@@ -33,7 +34,7 @@ def language_model(size: str, vocabulary: int) -> LlamaForCausalLM:
 
 
 def batches(
-    tokenizer: object, size: int, seed: int, generator: np.random.Generator, count: int = 16
+    tokenizer: Any, size: int, seed: int, generator: np.random.Generator, count: int = 16
 ) -> list[tuple[Tensor, Tensor]]:
     """`count` batches of fresh solutions, rows of like length together, in random order."""
     rows = sorted(encode(tokenizer, problems(size * count, seed), generator), key=lambda row: len(row[0]))
@@ -41,13 +42,11 @@ def batches(
     found = []
     for start in range(0, len(rows), size):
         ids, labels = zip(*rows[start : start + size], strict=True)
-        found.append((pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=-100)))
+        found.append((pad(list(ids), batch_first=True), pad(list(labels), batch_first=True, padding_value=-100)))
     return [found[place] for place in generator.permutation(len(found))]
 
 
-def encode(
-    tokenizer: object, asked: list[Problem], generator: np.random.Generator
-) -> list[tuple[Tensor, Tensor]]:
+def encode(tokenizer: Any, asked: list[Problem], generator: np.random.Generator) -> list[tuple[Tensor, Tensor]]:
     """Token ids and labels of one fresh solution per problem; labels are -100 on prompts and planted mistakes."""
     texts: list[str] = []
     teach: list[bool] = []
@@ -57,7 +56,7 @@ def encode(
         texts += [problem.prompt, *worked.parts]
         teach += [False, *worked.taught]
         rows.append(1 + len(worked.parts))
-    encoded = iter(zip(tokenizer(texts).input_ids, teach, strict=True))  # type: ignore[operator]
+    encoded = iter(zip(tokenizer(texts).input_ids, teach, strict=True))
     found = []
     for parts in rows:
         row: list[int] = []
@@ -70,13 +69,13 @@ def encode(
 
 
 @torch.no_grad()
-def solve(model: LlamaForCausalLM, tokenizer: object, asked: list[Problem], limit: int = 400) -> list[str]:
+def solve(model: Any, tokenizer: Any, asked: list[Problem], limit: int = 400) -> list[str]:
     """Greedy solutions of the problems."""
-    batch = tokenizer([problem.prompt for problem in asked], return_tensors="pt", padding=True)  # type: ignore[operator]
+    batch = tokenizer([problem.prompt for problem in asked], return_tensors="pt", padding=True)
     out = model.generate(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=limit, do_sample=False
     )
-    return tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)  # type: ignore[attr-defined,no-any-return]
+    return list(tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True))
 
 
 def main() -> None:

@@ -48,8 +48,8 @@ class Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for mean, now in zip(self.module.parameters(), self.source.parameters(), strict=True):
             mean.lerp_(now, 1 - decay)
-        for mean, now in zip(self.module.buffers(), self.source.buffers(), strict=True):
-            mean.copy_(now)
+        for kept, current in zip(self.module.buffers(), self.source.buffers(), strict=True):
+            kept.copy_(current)
 
 
 def fit(
@@ -106,7 +106,15 @@ def save_half(model: Any, folder: Path) -> None:
 
 
 def write_card(
-    folder: Path, name: str, what: str, data: str, use: str, figures: dict[str, Any], *, script: str = "", flags: str = ""
+    folder: Path,
+    name: str,
+    what: str,
+    data: str,
+    use: str,
+    figures: dict[str, Any],
+    *,
+    script: str = "",
+    flags: str = "",
 ) -> None:
     """The model's README.md and its figures as figures.json, both from what this run measured.
 

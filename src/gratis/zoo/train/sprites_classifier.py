@@ -55,7 +55,9 @@ def main() -> None:
     saved = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
     whole, large = accuracy(saved, WORLD), accuracy(saved, World(sizes=("medium", "large"), seed=11))
     shifted = {
-        f"colour, shape accuracy in domain {domain}": " / ".join(f"{value:.3f}" for value in accuracy(saved, WORLD, domain))
+        f"colour, shape accuracy in domain {domain}": " / ".join(
+            f"{value:.3f}" for value in accuracy(saved, WORLD, domain)
+        )
         for domain in ("noise", "fog", "night", "cast", "blur")
     }
     write_card(

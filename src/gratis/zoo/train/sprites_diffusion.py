@@ -33,7 +33,7 @@ def pictures(scenes: Scenes) -> Tensor:
     return torch.from_numpy(render(scenes, 32).images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def autoencoder() -> AutoencoderTiny:
+def autoencoder() -> Any:
     """Two resolutions, 32 channels; 4 latent channels at half the side."""
     return AutoencoderTiny(
         encoder_block_out_channels=(32, 32), decoder_block_out_channels=(32, 32), num_encoder_blocks=(1, 2),
@@ -41,7 +41,7 @@ def autoencoder() -> AutoencoderTiny:
     )  # fmt: skip
 
 
-def denoiser() -> UNet2DConditionModel:
+def denoiser() -> Any:
     """Three resolutions (16, 8, 4) with two layers each, cross-attention to the caption at 4."""
     return UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(32, 48, 48),
@@ -61,7 +61,7 @@ def text_encoder(vocabulary: int) -> CLIPTextModel:
     )  # fmt: skip
 
 
-def train_autoencoder(model: AutoencoderTiny, steps: int, batch: int) -> dict[str, float]:
+def train_autoencoder(model: Any, steps: int, batch: int) -> dict[str, float]:
     """Reconstruct, with a little noise on the latents so that the decoder forgives the denoiser's errors."""
 
     def loss_at(step: int) -> Tensor:
@@ -69,12 +69,12 @@ def train_autoencoder(model: AutoencoderTiny, steps: int, batch: int) -> dict[st
         latents = model.encoder(images)
         decoded = model.decoder(latents + 0.05 * torch.randn_like(latents))
         error = F.mse_loss(decoded.float(), images) + 0.3 * F.l1_loss(decoded.float(), images)
-        return error + 1e-3 * (latents.float() ** 2 - 1).clamp(min=0).mean()
+        return error + 1e-3 * F.relu(latents.float() ** 2 - 1).mean()
 
     return fit(loss_at, model.parameters(), steps=steps, rate=2e-3, say="autoencoder")
 
 
-def train(pipeline: StableDiffusionPipeline, steps: int, batch: int, rate: float) -> dict[str, float]:
+def train(pipeline: Any, steps: int, batch: int, rate: float) -> dict[str, float]:
     """Predict the noise (epsilon) at uniform timesteps; the pipeline ends with averaged weights."""
     unet, text, vae = pipeline.unet, pipeline.text_encoder, pipeline.vae
     unet.set_attn_processor(AttnProcessor())  # plain attention has the fastest backward pass on a CPU
@@ -149,9 +149,14 @@ def main() -> None:
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         error = F.mse_loss(vae.decoder(latents), test).item() / 4
     scheduler = DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder(len(tokenizer)), tokenizer=tokenizer, unet=denoiser(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
