@@ -125,7 +125,8 @@ def signed_distance(shape: str, u: _Floats, v: _Floats) -> _Floats:
         diamond: _Floats = (np.abs(u) / across + np.abs(v) / down - 1) / float(np.hypot(1 / across, 1 / down))
         return diamond
     if shape == "triangle":
-        return np.maximum(v - 0.5, np.abs(u) * float(np.sqrt(0.75)) - v * 0.5 - 0.5)
+        triangle: _Floats = np.maximum(v - 0.5, np.abs(u) * float(np.sqrt(0.75)) - v * 0.5 - 0.5)
+        return triangle
     if shape == "cross":
         a, b = np.abs(u), np.abs(v)
         arm, half = np.float32(0.95), np.float32(0.31)
