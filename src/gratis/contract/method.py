@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gratis.contract.card import Card
 from gratis.contract.parameters import Declared
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gratis.contract.attach import Scope
 
 
@@ -84,10 +87,62 @@ class Edit(Method):
     kind = "edit"
 
 
+@dataclass
+class MergePart:
+    """A stretch of one tensor that a merge works on, and what is known about the whole."""
+
+    tensor: str
+    start: int
+    """Flat index of the first element within its tensor."""
+    weights: tuple[float, ...]
+    """One per expert."""
+    cutoffs: tuple[Cutoff, ...] = ()
+    """One per expert, where the method keeps a share of the largest magnitudes."""
+    totals: dict[str, float] = field(default_factory=dict)
+    """Sums over all parts that the method adds to."""
+    revise: bool = False
+    """Set by the method where its result depends on totals that are complete only at the end."""
+
+
+@dataclass(frozen=True)
+class Cutoff:
+    """The smallest magnitude that is kept; of entries equal to it, those up to flat index `last`."""
+
+    magnitude: float
+    last: int
+
+
 class Merge(Method):
-    """A method that reads checkpoints and writes one: see `gratis.merge`."""
+    """A method that reads checkpoints and writes one: see `gratis.merge`.
+
+    `combine` is a pure function of flat float32 stretches; reading, chunking, threads, dtypes and files are the
+    engine's. The result must not depend on how tensors are cut into stretches.
+    """
 
     kind = "merge"
+    needs_base: ClassVar[bool] = True
+    """Whether experts are given as differences to a base, and the result is added to it."""
+
+    def check_experts(self, count: int) -> None:
+        """Raise InputError where the method cannot merge `count` experts."""
+
+    def kept_share(self) -> tuple[float, str] | None:
+        """Share of the largest magnitudes that `combine` needs cutoffs for, and its scope ("tensor" or "global")."""
+        return None
+
+    def prepare(self, expert: Tensor, number: int, part: MergePart) -> None:
+        """Change expert `number`'s stretch in place before cutoffs are taken and before `combine`."""
+
+    def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
+        """The merged stretch (a difference to the base where `needs_base`).
+
+        `experts` are flat float32 tensors that may be overwritten, one of which may be returned.
+        """
+        raise NotImplementedError
+
+    def revised(self, totals: dict[str, float]) -> Merge | None:
+        """The method to redo stretches with that asked for it, once all totals are known; None leaves them."""
+        return None
 
 
 class Estimator(Method):

@@ -1,0 +1,129 @@
+"""Trim, elect a sign, and average what agrees with it.
+
+P. Yadav, D. Tam, L. Choshen, C. Raffel and M. Bansal, "TIES-Merging: Resolving Interference When Merging Models",
+NeurIPS 2023, section 4.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gratis.contract.card import Card, Claim
+from gratis.contract.method import Cutoff, Merge, MergePart
+from gratis.contract.parameters import param
+
+
+class TIES(Merge):
+    """Merge task vectors without letting small or conflicting changes wash out the large ones.
+
+    Of each task vector only the largest `density` is kept; every weight then goes the way that most of the mass points
+    to, by the mean of the experts that agree.
+    """
+
+    card = Card(
+        title="TIES-Merging: Resolving Interference When Merging Models",
+        authors="Yadav, Tam, Choshen, Raffel, Bansal",
+        year=2023,
+        seed=26,
+        paper="NeurIPS 2023, arXiv:2306.01708",
+        acts_on="checkpoints",
+        free_of=("training", "data"),
+        summary="one model from several fine-tunes, with conflicts resolved by sign",
+        unchanged_when={"scale": 0.0},
+        examples={"density": 0.5, "scope": "tensor"},
+        differs="Exactly the stated share is kept: entries equal to the threshold are taken in their order.",
+        limits="With few experts of one base, plain task arithmetic is often as good.",
+        claims=(
+            Claim(
+                name="with half of each task vector kept, it beats plain averaging of three experts",
+                task="digits-merging",
+                metric="accuracy",
+                compare="difference",
+                at_least=0.02,
+                against="average",
+                parameters={"density": 0.5},
+            ),
+        ),
+    )
+
+    density: float = param(0.2, above=0, at_most=1, help="share of each task vector that is kept", search=(0.05, 1.0))
+    scale: float = param(1.0, at_least=0, help="factor of the merged task vector (lambda)", search=(0.3, 2.0))
+    scope: Literal["global", "tensor"] = param(
+        "global", help="keep the share of the whole task vector (paper), or of each tensor"
+    )
+    divisor: Literal["count", "weight"] = param(
+        "count", help="average over the number of experts that agree (paper), or over the sum of their weights"
+    )
+    zero_sums: Literal["majority", "positive"] = param(
+        "majority", help="sign where the mass cancels: the sign that most entries elected (released code), or positive"
+    )
+
+    def kept_share(self) -> tuple[float, str] | None:
+        return (self.density, self.scope) if self.density < 1 else None
+
+    def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
+        for delta, cutoff in zip(experts, part.cutoffs, strict=False):
+            trim(delta, cutoff, part.start)
+        return elect_and_average(experts, part, self.divisor, self.zero_sums).mul_(self.scale)
+
+    def revised(self, totals: dict[str, float]) -> Merge | None:
+        return Negative(**self.parameters()) if self.zero_sums == "majority" and totals.get("signs", 0) < 0 else None
+
+
+class Negative(TIES):
+    """TIES with cancelled entries going down: what a negative majority asks for."""
+
+    card = TIES.card
+
+    def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
+        for delta, cutoff in zip(experts, part.cutoffs, strict=False):
+            trim(delta, cutoff, part.start)
+        return elect_and_average(experts, part, self.divisor, "negative").mul_(self.scale)
+
+
+def trim(delta: Tensor, cutoff: Cutoff, start: int) -> None:
+    """Zero the entries of `delta` (a stretch from flat index `start` on) that are below the cutoff, in place."""
+    magnitude = delta.abs()
+    keep = magnitude >= cutoff.magnitude
+    if start + len(delta) > cutoff.last + 1:
+        tied = (magnitude[max(cutoff.last + 1 - start, 0) :] == cutoff.magnitude).nonzero()[:, 0]
+        keep[tied + max(cutoff.last + 1 - start, 0)] = False
+    delta.mul_(keep)
+
+
+def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_sums: str) -> Tensor:
+    """Elect the sign of the weighted sum and average the entries that agree (section 4, steps 2 and 3).
+
+    Where the sum is 0 although entries are not, the sign follows `zero_sums`; a majority is only known at the end, so
+    such parts are marked for revision and go up for now.
+    """
+    weights = part.weights
+    if any(weight != 1 for weight in weights):
+        for delta, weight in zip(deltas, weights, strict=True):
+            delta.mul_(weight)
+    total = torch.add(deltas[0], deltas[1]) if len(deltas) > 1 else deltas[0].clone()
+    for delta in deltas[2:]:
+        total.add_(delta)
+    cancelled = total == 0
+    nonzero = deltas[0] != 0
+    for delta in deltas[1:]:
+        nonzero |= delta != 0
+    cancelled &= nonzero
+    if zero_sums == "majority":
+        signs = int((total > 0).sum()) - int((total < 0).sum())
+        part.totals["signs"] = part.totals.get("signs", 0.0) + signs
+    if bool(cancelled.any()):
+        part.revise = True
+        total.masked_fill_(cancelled, -1.0 if zero_sums == "negative" else 1.0)
+    up = total > 0
+    count = torch.zeros_like(total)
+    merged = torch.zeros_like(total)
+    for delta, weight in zip(deltas, weights, strict=True):
+        # What points the other way becomes 0: negative parts where the sign is up, positive ones where it is down.
+        agreeing = torch.where(up, delta.clamp_min(0), delta.clamp_max(0))
+        merged.add_(agreeing)
+        count.add_(agreeing != 0, alpha=abs(weight) if divisor == "weight" else 1)
+    return merged.div_(count.masked_fill_(count == 0, 1.0))

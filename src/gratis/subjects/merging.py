@@ -1,0 +1,531 @@
+"""Merging checkpoints from disk to disk: any safetensors files, by key, in bounded memory.
+
+Tensors are views on their files, worked on in stretches that fit the processor's cache by a few threads, and written
+at their place in an output that was laid out in advance. The output appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gratis.contract.catalogue import catalogue
+from gratis.contract.errors import FileError, InputError, ParameterError, UnknownNameError, suggestion
+from gratis.contract.method import Cutoff, Merge, MergePart
+from gratis.subjects.checkpoints import DTYPES, Checkpoint, Writer
+from gratis.subjects.selection import Stretch, largest, last_tie
+
+STRETCH = 131072
+"""Elements worked on at a time; a multiple of 65,536, where random streams begin anew."""
+CARRIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+"""Files that are copied from the base."""
+
+MergeProgress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did."""
+
+    out: Path
+    tensors: int
+    merged: int
+    """Tensors that were combined; the others (integers, buffers) are the base's."""
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+
+
+def merge(
+    method: Merge,
+    *,
+    experts: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    stretch: int = STRETCH,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: MergeProgress | None = None,
+) -> MergeReport:
+    """Merge the checkpoints `experts` (folders or safetensors files) into the new folder `out`.
+
+    `base` is the common ancestor, for methods that need one; configuration and tokenizer are its, or the first
+    expert's. `weights` is one number per expert, 1 by default. `dtype` is the result's ("float32", "bfloat16",
+    "float16"), the base's by default; the arithmetic is float32. The result is the same for any `threads` and `stretch`.
+
+    Raises FileError for damaged files, a full disk or an output that exists, InputError for checkpoints that do not fit
+    together or hold values that are not finite, before or without leaving anything under `out`.
+    """
+    began = time.perf_counter()
+    target = Path(out).expanduser()
+    inputs = _Inputs.open(method, base, experts, weights)
+    _check_output(target, inputs, overwrite)
+    result_dtype = _dtype(dtype)
+    reference = inputs.reference
+    places = {
+        name: (result_dtype if result_dtype is not None and p.dtype.is_floating_point else p.dtype, p.shape)
+        for name, p in reference.places.items()
+    }
+    size = sum(math.prod(shape) * d.itemsize for d, shape in places.values())
+    free = shutil.disk_usage(_existing(target.parent)).free
+    if free < size:
+        raise FileError(f"The disk of {target} has {free:,} bytes free; the merge needs {size:,}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    writer = Writer(target, places, shard_bytes)
+    try:
+        with _one_thread_per_operation():
+            engine = _Engine(inputs, _whole_blocks(stretch), threads or min(os.cpu_count() or 1, 4))
+            engine.run(method, places, writer, progress or (lambda fraction, words: None))
+        _carry(inputs, writer.folder, method)
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    floating = sum(p.dtype.is_floating_point for p in reference.places.values())
+    read = sum(c.bytes for c in inputs.all)
+    return MergeReport(target, len(places), floating, read, size, time.perf_counter() - began)
+
+
+def merge_state_dicts(
+    method: Merge,
+    experts: Sequence[Mapping[str, Tensor]],
+    base: Mapping[str, Tensor] | None = None,
+    weights: Sequence[float] | None = None,
+    stretch: int = STRETCH,
+) -> dict[str, Tensor]:
+    """The same merge of state dicts in memory; inputs are left as they are, tensors of integers are the base's."""
+    inputs = _Inputs(method, base, list(experts), _weights(weights, len(experts)))
+    inputs.check(method)
+    merged: dict[str, Tensor] = {}
+    for name, place in inputs.reference.places.items():
+        merged[name] = inputs.reference.tensor(name).clone() if not place.dtype.is_floating_point else torch.empty(
+            place.shape, dtype=place.dtype
+        )  # fmt: skip
+
+    class Memory:
+        def write(self, name: str, values: Tensor, start: int = 0) -> None:
+            merged[name].view(-1)[start : start + len(values)] = values
+
+    with _one_thread_per_operation():
+        places = {name: (t.dtype, tuple(t.shape)) for name, t in merged.items()}
+        _Engine(inputs, _whole_blocks(stretch), 1).run(method, places, Memory(), lambda fraction, words: None)
+    return merged
+
+
+@dataclass(frozen=True)
+class _Place:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class _StateDict:
+    """A state dict read as a checkpoint is."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        self.places = {name: _Place(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
+        self.path = Path("state dict")
+        self.bytes = sum(t.nbytes for t in self._tensors.values())
+
+    def view(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
+        flat = self._tensors[name].reshape(-1)
+        return flat[start : start + count] if count is not None else flat[start:]
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+
+class _Inputs:
+    """The checkpoints of a merge, checked against one another."""
+
+    def __init__(self, method: Merge, base: Any, experts: Sequence[Any], weights: tuple[float, ...]) -> None:
+        def opened(source: Any) -> Any:
+            return _StateDict(source) if isinstance(source, Mapping) else Checkpoint(source)
+
+        if not experts:
+            raise InputError(f"{method.name} needs at least one expert.")
+        if method.needs_base and base is None:
+            raise InputError(f"{method.name} needs the base that the experts were fine-tuned from: name it.")
+        self.base = opened(base) if base is not None else None
+        self.experts = [opened(expert) for expert in experts]
+        self.weights = weights
+
+    @classmethod
+    def open(cls, method: Merge, base: Any, experts: Sequence[Any], weights: Sequence[float] | None) -> _Inputs:
+        inputs = cls(method, base, experts, _weights(weights, len(experts)))
+        inputs.check(method)
+        return inputs
+
+    @property
+    def reference(self) -> Any:
+        """The checkpoint whose tensors, configuration and tokenizer the result has."""
+        return self.base if self.base is not None else self.experts[0]
+
+    @property
+    def all(self) -> list[Any]:
+        """Base and experts."""
+        return ([self.base] if self.base is not None else []) + self.experts
+
+    def check(self, method: Merge) -> None:
+        method.check_experts(len(self.experts))
+        reference = self.reference
+        for other in self.all:
+            if other is reference:
+                continue
+            missing = [name for name in reference.places if name not in other.places]
+            extra = [name for name in other.places if name not in reference.places]
+            if missing or extra:
+                what, names = ("lacks", missing) if missing else ("has beyond the others", extra)
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                raise InputError(f"{other.path} {what} {shown}: only checkpoints with the same tensors can be merged.")
+            for name, place in reference.places.items():
+                if other.places[name].shape != place.shape:
+                    raise InputError(
+                        f"Tensor {name!r} has shape {list(place.shape)} in {reference.path} but "
+                        f"{list(other.places[name].shape)} in {other.path}."
+                    )
+            _check_same_kind(reference, other)
+
+
+def _check_same_kind(one: Any, other: Any) -> None:
+    for key in ("architectures", "model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        a, b = one.config().get(key), other.config().get(key)
+        if a is not None and b is not None and a != b:
+            raise InputError(f"{one.path} and {other.path} are different models: {key} is {a} and {b}.")
+    if isinstance(one, Checkpoint) and isinstance(other, Checkpoint):
+        a, b = _vocabulary(one), _vocabulary(other)
+        if a is not None and b is not None and a != b:
+            differing = sum(1 for token in a.keys() | b.keys() if a.get(token) != b.get(token))
+            raise InputError(
+                f"{one.path} and {other.path} have different tokenizers ({differing:,} tokens differ), so rows of "
+                "their embeddings do not mean the same."
+            )
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
+    path = checkpoint.folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = tokenizer["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise FileError(f"{path} is damaged: {error}.") from error
+    return {**vocabulary, **added}
+
+
+class _Engine:
+    """Streams the inputs through a method."""
+
+    def __init__(self, inputs: _Inputs, stretch: int, threads: int) -> None:
+        self._inputs, self._stretch, self._threads = inputs, stretch, threads
+        self._scratch = threading.local()
+
+    def run(self, method: Merge, places: Mapping[str, Any], writer: Any, progress: MergeProgress) -> None:
+        names = [name for name, p in self._inputs.reference.places.items() if p.dtype.is_floating_point]
+        for name in self._inputs.reference.places:
+            if name not in names and isinstance(writer, Writer):
+                writer.write(name, self._inputs.reference.view(name))
+        parts = [part for name in names for part in self._stretches(name)]
+        total = sum(part.count for part in parts) or 1
+        kept = method.kept_share()
+        share = 0.5 if kept else 0.0
+        cutoffs = self._cutoffs(method, names, kept, lambda f: progress(share * f, "selecting")) if kept else {}
+        totals: dict[str, float] = {}
+        again: list[Stretch] = []
+        done = 0
+        results = self._each(lambda p: self._combine(method, p, cutoffs, places, writer), parts)
+        for part, result in zip(parts, results, strict=True):
+            for key, value in result.totals.items():
+                totals[key] = totals.get(key, 0.0) + value
+            if result.revise:
+                again.append(part)
+            done += part.count
+            progress(share + (1 - share) * done / total, f"merging {part.tensor}")
+        revised = method.revised(totals) if again else None
+        if revised is not None:
+            list(self._each(lambda p: self._combine(revised, p, cutoffs, places, writer), again))
+
+    def _stretches(self, name: str) -> list[Stretch]:
+        elements = self._inputs.reference.places[name].elements
+        return [Stretch(name, at, min(self._stretch, elements - at)) for at in range(0, elements, self._stretch)]
+
+    def _each(self, work: Callable[[Stretch], Any], parts: Sequence[Stretch]) -> Iterator[Any]:
+        """Results of `work` in the order of `parts`, with no more parts in flight than needed."""
+        if self._threads == 1:
+            yield from map(work, parts)
+            return
+        with ThreadPoolExecutor(self._threads) as pool:
+            ahead = 64 * self._threads
+            for begin in range(0, len(parts), ahead):
+                yield from pool.map(work, parts[begin : begin + ahead])
+
+    def _buffers(self, count: int) -> list[Tensor]:
+        """One scratch stretch per checkpoint, reused by the thread."""
+        if not hasattr(self._scratch, "tensors"):
+            self._scratch.tensors = [torch.empty(self._stretch) for _ in range(len(self._inputs.experts) + 1)]
+        return [tensor[:count] for tensor in self._scratch.tensors]
+
+    def _expert(self, method: Merge, number: int, part: Stretch, into: Tensor, base: Tensor | None) -> Tensor:
+        view = self._inputs.experts[number].view(part.tensor, part.start, part.count)
+        if base is not None and view.dtype == torch.float32:
+            torch.sub(view, base, out=into)
+        else:
+            into.copy_(view)
+            if base is not None:
+                into.sub_(base)
+        return into
+
+    def _base(self, method: Merge, part: Stretch, into: Tensor) -> Tensor | None:
+        if not method.needs_base:
+            return None
+        view = self._inputs.base.view(part.tensor, part.start, part.count)
+        return view if view.dtype == torch.float32 else into.copy_(view)
+
+    def _combine(
+        self,
+        method: Merge,
+        part: Stretch,
+        cutoffs: Mapping[tuple[str, int], Cutoff],
+        places: Mapping[str, Any],
+        writer: Any,
+    ) -> MergePart:
+        *buffers, spare = self._buffers(part.count)
+        base = self._base(method, part, spare)
+        known = tuple(cutoffs[part.tensor, n] for n in range(len(buffers))) if cutoffs else ()
+        info = MergePart(part.tensor, part.start, self._inputs.weights, known)
+        for number, buffer in enumerate(buffers):
+            self._expert(method, number, part, buffer, base)
+            if not math.isfinite(buffer.sum().item()) and not bool(buffer.isfinite().all()):
+                self._refuse(part, number)
+            method.prepare(buffer, number, info)
+        merged = method.combine(buffers, info)
+        if base is not None:
+            merged = merged.add_(base)
+        dtype = places[part.tensor][0]
+        writer.write(part.tensor, merged if dtype == torch.float32 else merged.to(dtype), part.start)
+        return info
+
+    def _refuse(self, part: Stretch, number: int) -> None:
+        for checkpoint in (self._inputs.experts[number], self._inputs.base):
+            if checkpoint is not None and not bool(
+                checkpoint.view(part.tensor, part.start, part.count).isfinite().all()
+            ):
+                raise InputError(f"Tensor {part.tensor!r} of {checkpoint.path} holds values that are not finite.")
+        raise InputError(f"Tensor {part.tensor!r} of {self._inputs.experts[number].path} is too large to subtract.")
+
+    def _magnitudes(self, method: Merge, number: int) -> Callable[[Stretch], Tensor]:
+        def of(part: Stretch) -> Tensor:
+            buffer, spare = self._buffers(part.count)[:2]
+            values = self._expert(method, number, part, buffer, self._base(method, part, spare))
+            # A method's choice must fall as it does when stretches are combined, so whole blocks are prepared.
+            method.prepare(values, number, MergePart(part.tensor, part.start, self._inputs.weights))
+            return values.abs_()
+
+        return of
+
+    def _cutoffs(
+        self, method: Merge, names: Sequence[str], kept: tuple[float, str], progress: Callable[[float], None]
+    ) -> dict[tuple[str, int], Cutoff]:
+        share, scope = kept
+        groups = [list(names)] if scope == "global" else [[name] for name in names]
+        found: dict[tuple[str, int], Cutoff] = {}
+        jobs = [(group, number) for group in groups for number in range(len(self._inputs.experts))]
+        for done, (group, number) in enumerate(jobs, 1):
+            found |= self._group_cutoffs(method, group, number, share)
+            progress(done / len(jobs))
+        return found
+
+    def _group_cutoffs(
+        self, method: Merge, group: Sequence[str], number: int, share: float
+    ) -> dict[tuple[str, int], Cutoff]:
+        parts = [part for name in group for part in self._stretches(name)]
+        total = sum(part.count for part in parts)
+        if not total:
+            return {(name, number): Cutoff(0.0, -1) for name in group}
+        magnitudes = self._magnitudes(method, number)
+        result = largest(parts, max(math.floor(share * total), 1), magnitudes, self._run)
+        ends = {name: self._inputs.reference.places[name].elements - 1 for name in group}
+        if not result.all_ties and result.magnitude > 0:
+            boundary, index = last_tie(parts, result, magnitudes)
+            name = parts[boundary].tensor
+            later = list(group)[list(group).index(name) + 1 :]
+            ends |= {name: index, **dict.fromkeys(later, -1)}
+        return {(name, number): Cutoff(result.magnitude, ends[name]) for name in group}
+
+    def _run(self, work: Callable[[Stretch], Any], parts: Sequence[Stretch]) -> Iterable[Any]:
+        return self._each(work, parts)
+
+
+@contextmanager
+def _one_thread_per_operation() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0,) * count
+    if len(weights) != count:
+        raise InputError(f"There are {count} experts but {len(weights)} weights.")
+    if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
+        raise InputError(f"Weights must be finite numbers, not {list(weights)}.")
+    return tuple(float(w) for w in weights)
+
+
+def _whole_blocks(stretch: int) -> int:
+    if stretch < 1:
+        raise ParameterError(f"stretch must be at least 1 element, not {stretch}.")
+    return max(stretch // 65536, 1) * 65536
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if dtype not in DTYPES.values() or not dtype.is_floating_point:
+        raise ParameterError(f"dtype must be float32, bfloat16, float16 or float64, not {name!r}.")
+    return dtype  # type: ignore[no-any-return]
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _check_output(out: Path, inputs: _Inputs, overwrite: bool) -> None:
+    resolved = out.resolve()
+    for checkpoint in inputs.all:
+        source = checkpoint.path.resolve()
+        if resolved == source or resolved in source.parents or source in resolved.parents:
+            raise FileError(f"The output {out} would overwrite the input {checkpoint.path}: choose another folder.")
+    if out.exists() and not overwrite:
+        raise FileError(f"{out} exists already: choose another folder, or say overwrite.")
+
+
+def _carry(inputs: _Inputs, folder: Path, method: Merge) -> None:
+    source = inputs.reference.folder
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    names = [checkpoint.path.name for checkpoint in inputs.experts]
+    parameters = "\n".join(f"- {key}: {value}" for key, value in method.parameters().items()) or "- none"
+    base = f"Base: {inputs.base.path.name}. " if inputs.base is not None else ""
+    (folder / "README.md").write_text(
+        f"# Merged model\n\n{base}Experts: {', '.join(names)} with weights {list(inputs.weights)}.\n\n"
+        f"Method: {method.name} ({method.card.title}, {method.card.year}).\n\n{parameters}\n",
+        encoding="utf-8",
+    )
+
+
+RECIPE_KEYS = ("method", "parameters", "base", "experts", "dtype")
+
+
+def merge_recipe(
+    recipe: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: MergeProgress | None = None,
+) -> MergeReport:
+    """Run a merge recipe: YAML with `method`, `parameters`, `base`, `experts` (paths, or path and weight) and `dtype`.
+
+    Paths are relative to the recipe. Raises FileError for a recipe that cannot be read or has unknown keys.
+    """
+    import yaml
+
+    path = Path(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise FileError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise FileError(f"The recipe {path} is not safe YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise FileError(f"The recipe {path} must be a table with {', '.join(RECIPE_KEYS)}.")
+    for key in content:
+        if key not in RECIPE_KEYS:
+            raise FileError(f"The recipe {path} has an unknown key {key!r}{suggestion(str(key), RECIPE_KEYS)}.")
+    method = _recipe_method(path, content)
+    sources, weights = _recipe_experts(path, content.get("experts"))
+    base = content.get("base")
+    if base is not None and not isinstance(base, str):
+        raise FileError(f"The recipe {path}: base must be a path.")
+    return merge(
+        method,
+        base=path.parent / base if base else None,
+        experts=sources,
+        weights=weights,
+        out=out,
+        dtype=content.get("dtype"),
+        overwrite=overwrite,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def _recipe_method(path: Path, content: Mapping[str, Any]) -> Merge:
+    name = content.get("method")
+    parameters = content.get("parameters") or {}
+    if not isinstance(name, str) or not isinstance(parameters, dict):
+        raise FileError(f"The recipe {path} must name a method, and parameters must be a table.")
+    entry = catalogue.resolve(name)
+    if entry.kind != "merge":
+        merges = [e.name for e in catalogue.entries.values() if e.kind == "merge"]
+        raise UnknownNameError(f"{name!r} is no merge; there is {', '.join(merges)}.")
+    method = entry.load()(**parameters)
+    assert isinstance(method, Merge)
+    return method
+
+
+def _recipe_experts(path: Path, experts: Any) -> tuple[list[Path], list[float]]:
+    if not isinstance(experts, list) or not experts:
+        raise FileError(f"The recipe {path} must list experts.")
+    sources, weights = [], []
+    for expert in experts:
+        entry = {"path": expert} if isinstance(expert, str) else expert
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or set(entry) - {"path", "weight"}:
+            raise FileError(f"The recipe {path}: each expert is a path, or a table with path and weight.")
+        weight = entry.get("weight", 1.0)
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+            raise FileError(f"The recipe {path}: weight must be a number, not {weight!r}.")
+        sources.append(path.parent / entry["path"])
+        weights.append(float(weight))
+    return sources, weights

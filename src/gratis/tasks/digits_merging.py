@@ -1,0 +1,105 @@
+"""Merge experts for differently shown digits into one classifier of all of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from gratis.contract.method import Method
+from gratis.contract.parameters import param
+from gratis.tasks.task import Measurement, Metric, Progress, Series, Task, TaskCard, silent
+
+
+class DigitsMerging(Task):
+    """A network trained on plain digits is fine-tuned on digits shown in three other ways; the three are merged."""
+
+    card = TaskCard(
+        title="Merging experts for differently shown digits",
+        acts_on="checkpoints",
+        data=(
+            "scikit-learn's digits; a 64-256-10 network trained on them as they are, and three fine-tunes of it on "
+            "digits shifted right, shifted down, and inverted; without a method, the network before fine-tuning"
+        ),
+        metrics=(
+            Metric(name="accuracy", help="mean over the three ways of showing digits of the share of right labels"),
+            Metric(name="worst", help="accuracy on the way of showing that the merge serves worst"),
+        ),
+    )
+
+    epochs: int = param(80, above=0, help="passes of each fine-tuning over its digits")
+
+    def subject(self) -> Any:
+        return experts(self.epochs)
+
+    def applied(self, subject: Any, method: Method | None) -> AbstractContextManager[Any]:
+        return _merged(subject, method)
+
+    def measure(self, subject: Any, *, seed: int, progress: Progress = silent) -> Measurement:
+        import torch
+
+        weights, groups = subject
+        items: list[float] = []
+        shares: list[float] = []
+        for images, labels in groups:
+            with torch.no_grad():
+                right = (_forward(weights, images).argmax(1) == labels).double().tolist()
+            items.extend(right)
+            shares.append(statistics.fmean(right))
+        progress(1.0, "three ways of showing digits")
+        return Measurement(
+            metrics={"accuracy": statistics.fmean(shares), "worst": min(shares)},
+            items={"accuracy": items},
+            series={"accuracy": Series([0, 1, 2], shares, "way of showing digits", "accuracy")},
+            calls=3,
+        )
+
+
+@contextmanager
+def _merged(subject: Any, method: Method | None) -> Iterator[Any]:
+    from gratis.contract.method import Merge
+    from gratis.subjects.merging import merge_state_dicts
+
+    base, tuned, groups = subject
+    if method is None:
+        yield base, groups
+        return
+    assert isinstance(method, Merge)
+    yield merge_state_dicts(method, tuned, base), groups
+
+
+def _forward(weights: Any, images: Any) -> Any:
+    import torch
+
+    hidden = torch.relu(images @ weights["0.weight"].T + weights["0.bias"])
+    return hidden @ weights["2.weight"].T + weights["2.bias"]
+
+
+def experts(epochs: int) -> Any:
+    """(base weights, three fine-tuned weights, three pairs of test images and labels)."""
+    import torch
+    from sklearn.datasets import load_digits
+
+    pixels, digits = load_digits(return_X_y=True)
+    images, labels = torch.from_numpy(pixels / 16).float(), torch.from_numpy(digits)
+    train, test = slice(0, 1200), slice(1200, None)
+    square = images.view(-1, 8, 8)
+    shown = [square.roll(1, 2).flatten(1), square.roll(1, 1).flatten(1), 0.8 - 0.3 * images]
+
+    def trained(start: Any, inputs: Any, passes: int, rate: float) -> Any:
+        network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+        if start is not None:
+            network.load_state_dict(start)
+        optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+        for _ in range(passes):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(inputs[train]), labels[train]).backward()
+            optimizer.step()
+        return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        base = trained(None, images, 100, 5e-3)
+        tuned = [trained(base, inputs, epochs, 2e-3) for inputs in shown]
+    return base, tuned, [(inputs[test], labels[test]) for inputs in shown]
