@@ -42,7 +42,13 @@ def batches(
     found = []
     for start in range(0, len(rows), size):
         ids, labels = zip(*rows[start : start + size], strict=True)
-        found.append((pad(list(ids), batch_first=True), pad(list(labels), batch_first=True, padding_value=-100)))
+        short = -max(len(row) for row in ids) % 16  # few different lengths: each new one costs kernels and memory
+        found.append(
+            (
+                F.pad(pad(list(ids), batch_first=True), (0, short)),
+                F.pad(pad(list(labels), batch_first=True, padding_value=-100), (0, short), value=-100),
+            )
+        )
     return [found[place] for place in generator.permutation(len(found))]
 
 

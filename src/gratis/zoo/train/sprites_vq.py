@@ -50,7 +50,7 @@ class Usage:
 
 def main() -> None:
     """Train, save, measure as saved."""
-    wish = arguments(__doc__ or "", steps=1600, batch=48, rate=2e-3)
+    wish = arguments(__doc__ or "", steps=1200, batch=48, rate=2e-3)
     model = autoencoder()
     usage = Usage()
 
