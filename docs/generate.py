@@ -205,8 +205,7 @@ def parameter_table(declared: Iterable[Any]) -> str:
     rows = []
     for parameter in declared:
         default = "required" if parameter.required else f"`{parameter.default!r}`"
-        valid = " ".join(part for part in (parameter.type_name, parameter.bounds) if part)
-        rows.append((f"`{parameter.name}`", default, valid, parameter.unit, parameter.help))
+        rows.append((f"`{parameter.name}`", default, parameter.valid, parameter.unit, parameter.help))
     return table(("name", "default", "valid", "unit", "meaning"), rows)
 
 

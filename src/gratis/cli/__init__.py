@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ def run(arguments: Sequence[str]) -> int:
     from gratis.contract.errors import GratisError
 
     debug = "--debug" in arguments
+    if not debug:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     usage_error = typer.BadParameter.__mro__[1]
     try:
         done = typer.main.get_command(app)(

@@ -136,7 +136,6 @@ def _print_parameters(kind: Any, out: Any) -> None:
     table = terminal.table("--set", "default", "valid", "meaning")
     for parameter in declared.values():
         default = "required" if parameter.required else str(parameter.default)
-        valid = " ".join(part for part in (parameter.type_name, parameter.bounds) if part)
         unit = f" ({parameter.unit})" if parameter.unit else ""
-        table.add_row(parameter.name, escape(default), escape(valid), escape(parameter.help + unit))
+        table.add_row(parameter.name, escape(default), escape(parameter.valid), escape(parameter.help + unit))
     out.print(table)

@@ -39,12 +39,12 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str, allow_nan=False))
 
 
-def table(*columns: str, title: str = "", numbers: Sequence[int] = ()) -> Table:
+def table(*columns: str, numbers: Sequence[int] = ()) -> Table:
     """A table without vertical rules; the columns at the places `numbers` are set flush right."""
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, column in enumerate(columns):
         made.add_column(column, justify="right" if place in numbers else "left", overflow="fold")
     return made
@@ -81,7 +81,7 @@ def print_trial(trial: Trial) -> None:
     others = [arm.label for arm in trial.arms[:-1]]
     heads = [f"beside {label}" for label in others]
     made = table(
-        "", *(arm.label for arm in trial.arms), *heads, title=f"{trial.task.title} · {trial.subject['name']}",
+        "", *(arm.label for arm in trial.arms), *heads,
         numbers=range(1, 1 + len(trial.arms) + len(heads)),
     )  # fmt: skip
     compared = [trial.compare(last.label, other) for other in others]
@@ -95,6 +95,7 @@ def print_trial(trial: Trial) -> None:
             comparison = comparisons[metric.name]
             cells.append(Text(words.change(comparison, metric), style=STYLES[comparison.verdict]))
         made.add_row(*cells)
+    out.print(Text(f"{trial.task.title} · {trial.subject['name']}", style="bold"))
     out.print(made)
     for other, told in words.verdicts(trial):
         out.print(Text(f"{last.label} beside {other}: {words.headline(trial, other)}.", style="bold"))

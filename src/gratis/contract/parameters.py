@@ -9,7 +9,7 @@ import numbers
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import Any, ClassVar, Self
 
 from gratis.contract.errors import ParameterError, suggestion
 
@@ -85,6 +85,12 @@ class Parameter:
         signs = ((">", self.above), (">=", self.at_least), ("<", self.below), ("<=", self.at_most))
         return " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
 
+    @property
+    def valid(self) -> str:
+        """Type and bounds as docs and error messages spell them: `int > 0 or None`."""
+        text = " ".join(part for part in (self.type_name.removesuffix(" or None"), self.bounds) if part)
+        return f"{text} or None" if self.optional else text
+
     def validate(self, owner: str, value: Any) -> Any:
         """`value`, checked against type and bounds (a list becomes a tuple where one is declared).
 
@@ -149,7 +155,7 @@ class Parameter:
             raise ParameterError(f"{owner}: {self.name} must be {self._expected()}, not {value!r}.")
 
     def _expected(self) -> str:
-        return " ".join(part for part in (self.type_name, self.bounds) if part)
+        return self.valid
 
 
 def param(
@@ -204,7 +210,6 @@ def _matches(kind: Any, value: Any) -> bool:
     return callable(value)
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(param,))
 class Declared:
     """A small immutable object whose constructor arguments are its declared parameters.
 
@@ -214,6 +219,9 @@ class Declared:
 
     _declared: ClassVar[dict[str, Parameter]] = {}
     _resolved: ClassVar[dict[str, Parameter] | None] = None
+
+    def __init__(self, **values: Any) -> None:
+        self._construct(values)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -31,8 +31,14 @@ class PipelineFidelity(Task):
                 name="relative_error",
                 help="norm of the difference to the untouched output, relative to that output's norm",
                 higher_is_better=False,
+                fidelity=True,
             ),
-            Metric(name="psnr", help="peak signal-to-noise ratio to the untouched output, capped at 100", unit="dB"),
+            Metric(
+                name="psnr",
+                help="peak signal-to-noise ratio to the untouched output, capped at 100",
+                unit="dB",
+                fidelity=True,
+            ),
         ),
     )
 

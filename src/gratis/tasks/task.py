@@ -32,6 +32,8 @@ class Metric:
     higher_is_better: bool = True
     cost: bool = False
     """Time, memory, tokens or calls rather than quality."""
+    fidelity: bool = False
+    """How near the result is to that of the untouched subject: no method can improve on it."""
 
 
 @dataclass(frozen=True, kw_only=True)

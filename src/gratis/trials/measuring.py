@@ -276,7 +276,7 @@ def describe(subject: Any, name: str = "") -> dict[str, Any]:
         if value is not None and not callable(value):
             described[attribute] = str(value).removeprefix("torch.")
     if not described["name"]:
-        described["name"] = described["type"]
+        described["name"] = described["type"] if type(subject).__module__ != "builtins" else "the task's own"
     return described
 
 
@@ -390,10 +390,7 @@ def infos(task: Task, seen: Iterable[str]) -> tuple[MetricInfo, ...]:
     own = {m.name for m in task.card.metrics}
     measured = set(seen)
     every = [*task.card.metrics, *(m for m in COSTS if m.name not in own and m.name in measured)]
-    return tuple(
-        MetricInfo(name=m.name, help=m.help, unit=m.unit, higher_is_better=m.higher_is_better, cost=m.cost)
-        for m in every
-    )
+    return tuple(MetricInfo(**vars(m)) for m in every)
 
 
 def _trial(task: Task, measured: list[Measured], **rest: Any) -> Trial:

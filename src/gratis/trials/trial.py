@@ -37,6 +37,7 @@ class MetricInfo(Record):
     unit: str = ""
     higher_is_better: bool = True
     cost: bool = False
+    fidelity: bool = False
 
     @property
     def title(self) -> str:

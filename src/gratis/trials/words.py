@@ -75,6 +75,8 @@ def sentence(comparison: Comparison, metric: MetricInfo) -> str:
     if metric.cost:
         return f"{head}, {_factor(comparison)}."
     size = number(abs(comparison.difference), metric.unit)
+    if metric.fidelity:
+        return f"{head}, {size} {'nearer' if comparison.verdict == 'better' else 'further off'}."
     gain = "; no gain here" if comparison.verdict == "worse" else ""
     if comparison.low is None or comparison.high is None:
         if comparison.verdict == "unclear":
@@ -122,7 +124,7 @@ def headline(trial: Trial, against: str) -> str:
         parts.append(
             {
                 "better": f"{quality.title} {size} better",
-                "worse": f"{quality.title} {size} worse",
+                "worse": f"{quality.title} {size} {'off' if quality.fidelity else 'worse'}",
                 "same": f"the same {quality.title}",
                 "unclear": f"no clear difference in {quality.title}",
             }[comparison.verdict]
