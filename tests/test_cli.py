@@ -244,6 +244,25 @@ def test_a_trial_of_another_method_is_not_behind_a_recipe(faked, capsys, monkeyp
     assert not (faked / "r.yaml").exists()
 
 
+def test_merge_follows_its_recipe(tmp_path, capsys):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for name, value in (("base", 0.0), ("one", 1.0), ("two", 3.0)):
+        (tmp_path / name).mkdir()
+        save_file({"weight": torch.full((2, 3), value)}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text("method: task-arithmetic\nbase: base\nexperts: [one, two]\nparameters: {scale: 0.5}\n")
+    assert run(["merge", str(recipe), str(tmp_path / "out")]) == 0
+    assert "1 of 1 tensors merged" in capsys.readouterr().out
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["weight"], torch.full((2, 3), 2.0))
+    assert run(["merge", str(recipe), str(tmp_path / "out")]) == 2
+    assert "out" in capsys.readouterr().err
+    assert run(["merge", str(recipe), str(tmp_path / "out"), "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["merged"] == 1
+
+
 def test_output_into_a_pipe_is_plain_and_a_closed_pipe_is_no_error():
     done = gratis("methods")
     assert done.returncode == 0

@@ -229,13 +229,22 @@ def list_tasks(as_json: AsJson = False) -> None:
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A merge recipe (YAML).")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the merged checkpoint.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads to use.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Combine checkpoints as a recipe says, streamed from disk to disk."""
     from gratis.subjects.merging import merge_recipe
+    from gratis.trials import words
 
-    with terminal.progress() as progress:
-        merge_recipe(recipe, out, progress=progress)
-    print(out)
+    with terminal.progress(not as_json) as progress:
+        report = merge_recipe(recipe, out, overwrite=overwrite, threads=threads, progress=progress)
+    if as_json:
+        terminal.print_json(vars(report))
+        return
+    amounts = f"{words.number(report.bytes_read, 'bytes')} read, {words.number(report.bytes_written, 'bytes')} written"
+    print(f"{report.merged} of {report.tensors} tensors merged, {amounts}, {words.number(report.seconds, 's')}")
+    print(report.out)
 
 
 def _measure(
