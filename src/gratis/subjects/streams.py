@@ -12,6 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from gratis.contract.errors import InputError
 
+DRAWS = 10_000
+"""Proportions that are drawn at most until some keep the rule."""
+
 
 def shuffled(count: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """Independent, identically distributed order: a permutation."""
@@ -30,11 +33,18 @@ def prior_shift(
     if len(classes) < 2:
         raise InputError("A prior shift needs at least two classes.")
     leading = max(1, round(top * len(classes)))
-    while True:
+    if share <= leading / len(classes):
+        raise InputError(
+            f"The {leading} most frequent of {len(classes)} classes always hold at least {leading / len(classes):.2g} "
+            f"of the data, so share must be above that, not {share:g}."
+        )
+    for _ in range(DRAWS):
         weights = generator.zipf(2, size=len(classes)).astype(float)
         weights /= weights.sum()
         if np.sort(weights)[::-1][:leading].sum() < share:
             break
+    else:
+        raise InputError(f"No proportions with a share below {share:g} in {DRAWS} draws; raise share or top.")
     size = len(y) if total is None else total
     parts = [
         generator.choice(np.flatnonzero(y == c), size=int(size * w), replace=True)
@@ -52,6 +62,15 @@ def in_runs(groups: ArrayLike, generator: np.random.Generator) -> NDArray[np.int
     order = generator.permutation(len(g))
     _, first, inverse = np.unique(g[order], return_index=True, return_inverse=True)
     return order[np.argsort(first[inverse], kind="stable")]
+
+
+def order_of(
+    groups: ArrayLike, generator: np.random.Generator, *, runs: bool, shifted: bool = False
+) -> NDArray[np.int64]:
+    """Order of the samples of a stream: shuffled, or in runs of one of `groups`; `shifted` by `prior_shift` before."""
+    g = np.asarray(groups)
+    drawn = prior_shift(g, generator) if shifted else np.arange(len(g))
+    return drawn[in_runs(g[drawn], generator) if runs else shuffled(len(drawn), generator)]
 
 
 def batches(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gratis.contract.errors import MissingExtraError, SubjectError
+from gratis.contract.errors import InputError, MissingExtraError, SubjectError
 
 
 def imagenet_backbone() -> nn.Module:
@@ -27,10 +28,15 @@ def imagenet_backbone() -> nn.Module:
 
 
 @torch.no_grad()
-def read_features(model: nn.Module, layer: str, inputs: Tensor, batch_size: int = 16) -> tuple[Tensor, Tensor]:
+def read_features(
+    model: nn.Module, layer: str, inputs: Tensor, batch_size: int = 16, pooling: Literal["mean"] | None = None
+) -> tuple[Tensor, Tensor]:
     """(samples, classes) logits of `model` and (samples, dimensions) inputs of its submodule `layer`.
 
-    The model runs in evaluation mode and is left as it was found. Raises SubjectError if there is no such layer.
+    Any torch module that returns logits, or an object with `logits`, as the classifiers of transformers do. Feature
+    maps (samples, channels, height, width) larger than one pixel are averaged with `pooling="mean"`. The model runs in
+    evaluation mode and is left as it was found, also after an exception. Raises SubjectError if there is no such layer
+    or its input is not one vector per sample.
     """
     try:
         module = model.get_submodule(layer)
@@ -39,15 +45,59 @@ def read_features(model: nn.Module, layer: str, inputs: Tensor, batch_size: int 
         raise SubjectError(f"The model has no layer {layer!r}; its last are {', '.join(names[-3:])}.") from None
     modes = [(part, part.training) for part in model.modules()]
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
+    logits: list[Tensor] = []
+    features: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(next(value for value in (*args, *named.values()) if isinstance(value, Tensor)))
+
+    handle = module.register_forward_pre_hook(look, with_kwargs=True)
     try:
         model.eval()
-        logits = torch.cat([model(part) for part in inputs.split(batch_size)])
+        for part in inputs.split(batch_size):
+            seen.clear()
+            output = model(part)
+            logits.append(getattr(output, "logits", output))
+            if len(seen) != 1 or len(seen[0]) != len(part):
+                raise SubjectError(
+                    f"The layer {layer!r} is run {len(seen)} times in a forward pass, or not with one row per sample; "
+                    "name the layer that gives the logits."
+                )
+            features.append(_one_vector(seen[0], layer, pooling))
     finally:
         handle.remove()
-        for part, mode in modes:
-            part.training = mode
-    return logits, torch.cat(seen)
+        for child, mode in modes:
+            child.training = mode
+    return torch.cat(logits), torch.cat(features)
+
+
+def _one_vector(value: Tensor, layer: str, pooling: str | None) -> Tensor:
+    if value.dim() == 4 and pooling == "mean":
+        return value.mean((2, 3))
+    if value.dim() < 2 or value[0].numel() != value.shape[1]:
+        raise SubjectError(
+            f"The input of layer {layer!r} has shape {tuple(value.shape)}, not one vector per sample; pass "
+            "pooling='mean' for maps (samples, channels, height, width), or name a later layer."
+        )
+    return value.flatten(1)
+
+
+def group_classes(probabilities: Any, groups: list[list[int]]) -> Any:
+    """(samples, groups) probabilities of superclasses: sums over their members, each row renormalised to 1.
+
+    For a task that has other classes than the model. NumPy array or torch tensor. Raises InputError.
+    """
+    classes = probabilities.shape[1]
+    if not groups or any(not group for group in groups):
+        raise InputError("Every superclass needs at least one class of the model.")
+    if any(not 0 <= member < classes for group in groups for member in group):
+        raise InputError(f"A superclass names a class that the model, which has {classes}, does not have.")
+    stack = torch.stack if isinstance(probabilities, Tensor) else np.stack
+    grouped = stack([probabilities[:, group].sum(1) for group in groups], 1)
+    total = grouped.sum(1)
+    if bool((total <= 0).any()):
+        raise InputError("A row gives no probability to any superclass, so it cannot be renormalised.")
+    return grouped / total[:, None]
 
 
 def normalized(images: Any) -> Tensor:

@@ -25,7 +25,9 @@ class DigitsStream(Task):
         metrics=(Metric(name="accuracy", help="share of right labels along the stream"),),
     )
 
-    stream: Literal["sorted", "iid", "prior-shift"] = param("sorted", help="order of the test digits")
+    stream: Literal["sorted", "iid", "prior-shift", "sorted-prior-shift"] = param(
+        "sorted", help="order of the test digits: in runs of one class or shuffled, and whether classes are imbalanced"
+    )
     batch_size: int = param(16, above=0, help="digits that are adapted together")
     noise: float = param(0.35, at_least=0, help="standard deviation of the noise, of pixels in [0, 1]")
 
@@ -38,18 +40,16 @@ class DigitsStream(Task):
     def measure(self, subject: Any, *, seed: int, progress: Progress = silent) -> Measurement:
         import numpy as np
 
-        from gratis.subjects.streams import adapted_labels, in_runs, prior_shift, shuffled
+        from gratis.subjects.streams import adapted_labels, order_of
 
         (network, images, labels), method = subject
         generator = np.random.default_rng(seed)
         noisy = images + self.noise * generator.standard_normal(images.shape)
         features = np.maximum(noisy @ network.coefs_[0] + network.intercepts_[0], 0)
         probabilities = network.predict_proba(noisy)
-        order = {
-            "sorted": lambda: in_runs(labels, generator),
-            "iid": lambda: shuffled(len(labels), generator),
-            "prior-shift": lambda: prior_shift(labels, generator),
-        }[self.stream]()
+        order = order_of(
+            labels, generator, runs=self.stream.startswith("sorted"), shifted=self.stream.endswith("prior-shift")
+        )
         right = adapted_labels(method, probabilities, features, order, self.batch_size) == labels[order]
         return stream_measurement(right, self.batch_size, progress)
 

@@ -9,9 +9,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import gratis
 from gratis.contract.errors import InputError, ParameterError
-from gratis.methods.vision.lame import LAMEClassifier, group_classes, nearest
+from gratis.methods.vision.lame import LAMEClassifier, nearest
 from gratis.subjects.streams import in_runs, prior_shift
-from gratis.subjects.vision import read_features
+from gratis.subjects.vision import group_classes, read_features
 from tests.tiny_vision import tiny_features
 
 
@@ -248,7 +248,6 @@ def test_scikit_learn_reads_and_clones_the_parameters():
 NOT_FOR_LAME = {
     "check_methods_subset_invariance": "predictions of a batch depend on one another: that is the method",
     "check_methods_sample_order_invariance": "rows are adapted batch by batch in their order: that is the method",
-    "check_classifiers_one_label": "LAME needs two classes",
 }
 
 
