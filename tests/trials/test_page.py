@@ -134,14 +134,14 @@ def test_few_points_are_dots_and_many_are_smoothed():
     many = plots.line_plot([plots.Line("a", "c0", series(200))], plots.WIDE)
     assert few.count("<circle") == 5
     assert "<circle" not in many
-    assert plots.smoothing(series(200)) == 5
+    assert plots.smoothing(series(200)) == 9
 
 
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
         (0.0, "", "0.00"), (2.3749, "nats", "2.37 nats"), (0.0191, "nats", "0.019 nats"), (12000.0, "", "12,000"),
-        (70_800_000, "bytes", "70.8 MB"), (0.00265, "s", "2.65 ms"), (97.2, "s", "97.2 s"), (1200.0, "s", "20 min"),
+        (70_800_000, "bytes", "70.8 MB"), (0.00265, "s", "2.65 ms"), (97.2, "s", "97.2 s"), (1200.0, "s", "1,200 s"),
         (float("nan"), "", "not a number"), (float("-inf"), "", "-∞"), (None, "", "–"), (1e-5, "", "1.00e-05"),
     ],
 )  # fmt: skip

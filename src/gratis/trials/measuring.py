@@ -48,6 +48,9 @@ COSTS = (
 CARD_KEYS = ("title", "authors", "year", "paper", "summary", "acts_on", "free_of", "limits", "differs")
 """What a trial keeps of a method's card."""
 
+ONE_RUN = 0.1
+"""With one run of each arm, a cost that differs by less than this share is not called better or worse."""
+
 ROUNDS = 3
 ENOUGH_SECONDS = 60.0
 """Without a wish for rounds, no further round is begun after this time."""
@@ -321,7 +324,7 @@ def _verdict(
     elif metric.cost:
         doubtful = min(values) <= max(baselines) and min(baselines) <= max(values)
         if len(values) == 1:
-            doubtful = abs(difference) < 0.05 * abs(baselines[0])
+            doubtful = abs(difference) < ONE_RUN * abs(baselines[0])
     else:
         doubtful = False
     if doubtful:

@@ -124,10 +124,16 @@ def _rows(trial: Trial) -> list[dict[str, Any]]:
             "title": metric.title,
             "help": metric.help,
             "cells": [_cell(arm, metric) for arm in trial.arms],
-            "changes": [(words.change(c[metric.name], metric), c[metric.name].verdict) for c in compared],
+            "changes": [(*_split(words.change(c[metric.name], metric)), c[metric.name].verdict) for c in compared],
         }
         for metric in trial.task.metrics
     ]
+
+
+def _split(change: str) -> tuple[str, str]:
+    """A difference and its interval."""
+    figure, _, interval = change.partition(" [")
+    return figure, interval.removesuffix("]").replace(",", " to")
 
 
 def _cell(arm: Arm, metric: MetricInfo) -> tuple[str, str]:

@@ -173,7 +173,7 @@ def points(series: SeriesRecord) -> list[tuple[float, float]]:
 
 def smoothing(series: SeriesRecord) -> int:
     """Width of the moving average that a series is drawn with, in points."""
-    return 1 if len(series.y) <= SMOOTH_ABOVE else max(3, len(series.y) // 40) | 1
+    return 1 if len(series.y) <= SMOOTH_ABOVE else max(3, len(series.y) // 24) | 1
 
 
 def _frame(horizontal: Axis, vertical: Axis, left: float, top: float, width: float, height: float) -> str:

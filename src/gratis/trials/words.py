@@ -44,10 +44,8 @@ def scale(size: float, unit: str) -> tuple[float, str]:
     steps: tuple[tuple[float, str], ...] = ()
     if unit == "bytes":
         steps = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    elif unit == "s":
-        steps = ((60.0, "min"),) if size >= 600 else ()
-        if 0 < size < 0.1:
-            return (1e-3, "ms") if size >= 1e-4 else (1e-6, "µs")
+    elif unit == "s" and 0 < size < 0.1:
+        return (1e-3, "ms") if size >= 1e-4 else (1e-6, "µs")
     return next(((step, name) for step, name in steps if size >= step), (1.0, unit))
 
 
@@ -114,11 +112,11 @@ def verdicts(trial: Trial) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def headline(trial: Trial, against: str) -> str:
-    """The trial in a few words: the first quality metric, time and memory, beside one other arm."""
+    """The trial in a few words: the first two quality metrics (clear ones first), time and memory, beside an arm."""
     comparisons = trial.compare(trial.arms[-1].label, against)
-    quality = next((m for m in trial.task.metrics if not m.cost), None)
+    qualities = [m for m in trial.task.metrics if not m.cost][:2]
     parts = []
-    if quality is not None:
+    for quality in sorted(qualities, key=lambda m: comparisons[m.name].verdict in {"unclear", "same"}):
         comparison = comparisons[quality.name]
         size = number(abs(comparison.difference), quality.unit)
         parts.append(
