@@ -104,7 +104,7 @@ def print_trial(trial: Trial) -> None:
         out.print()
     for arm in trial.arms[1:]:
         for name, report in arm.reports.items():
-            said = ", ".join(f"{k.replace('_', ' ')} {words.short(v)}" for k, v in report.items())
+            said = ", ".join(f"{key} {value}" for key, value in words.reported(report))
             out.print(Text(f"{name}: {said}", style="dim"))
     runs = "1 run" if trial.rounds == 1 else f"{trial.rounds} runs, in turns"
     out.print(Text(f"{runs} of each; warm-up: {trial.warm_up}; seed {trial.seed}", style="dim"))

@@ -143,12 +143,9 @@ def _cell(arm: Arm, metric: MetricInfo) -> tuple[str, str]:
 
 def _inside(trial: Trial) -> list[tuple[str, list[tuple[str, str]]]]:
     """What methods and task saw of the mechanism, per arm."""
-    from gratis.trials.words import short
-
     made = []
     for arm in trial.arms:
-        pairs = [(k.replace("_", " "), short(v)) for report in arm.reports.values() for k, v in report.items()]
-        pairs += [(k.replace("_", " "), short(v)) for k, v in arm.details.items()]
+        pairs = [pair for report in [*arm.reports.values(), arm.details] for pair in words.reported(report)]
         if pairs:
             made.append((arm.label, pairs))
     return made

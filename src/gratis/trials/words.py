@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from gratis.trials.trial import Comparison, MetricInfo, Summary, Trial
@@ -137,6 +138,16 @@ def headline(trial: Trial, against: str) -> str:
 def spread(summary: Summary, unit: str) -> str:
     """Lowest and highest run, empty where they are the same."""
     return "" if summary.low == summary.high else f"{number(summary.low, unit)}–{number(summary.high, unit)}"
+
+
+def reported(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a method or task says of the mechanism, as names and values to read."""
+    return [
+        (name.removesuffix("_bytes").replace("_", " "), number(float(value), "bytes"))
+        if name.endswith("_bytes") and isinstance(value, (int, float))
+        else (name.replace("_", " "), short(value))
+        for name, value in report.items()
+    ]
 
 
 def short(value: Any) -> str:
