@@ -5,7 +5,7 @@ import pytest
 import gratis
 
 
-@pytest.mark.parametrize("stream", ["sorted", "iid", "prior-shift"])
+@pytest.mark.parametrize("stream", ["sorted", "iid", "prior-shift", "sorted-prior-shift"])
 def test_digits_stream(stream):
     task = gratis.task_catalogue["digits-stream"](stream=stream)
     subject = task.subject()

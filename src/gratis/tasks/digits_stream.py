@@ -86,5 +86,5 @@ def _classifier() -> Any:
 
     images, labels = load_digits(return_X_y=True)
     images = images / 16
-    network = MLPClassifier(hidden_layer_sizes=(64,), max_iter=300, random_state=0).fit(images[:800], labels[:800])
+    network = MLPClassifier(hidden_layer_sizes=(64,), max_iter=1000, random_state=0).fit(images[:800], labels[:800])
     return network, images[800:], labels[800:]

@@ -58,6 +58,7 @@ class ImageStream(Task):
             "six that never come (dog, bird, car, aircraft, clock, flower)"
         ),
         metrics=(Metric(name="accuracy", help="share of crops that get the class of what their photograph shows"),),
+        warm_up={"crops": 1},
     )
 
     crops: int = param(24, above=0, help="crops per photograph")

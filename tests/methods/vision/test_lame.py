@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import gratis
 from gratis.contract.errors import InputError, ParameterError
+from gratis.methods.vision import lame
 from gratis.methods.vision.lame import LAMEClassifier, nearest
-from gratis.subjects.streams import in_runs, prior_shift
+from gratis.subjects.streams import batches, in_runs, order_of, prior_shift
 from gratis.subjects.vision import group_classes, read_features
 from tests.tiny_vision import tiny_features
 
@@ -99,10 +102,11 @@ def test_permuting_samples_and_classes():
     np.testing.assert_allclose(gratis.LAME().adapt(p[:, [2, 0, 1]], f).probabilities, out[:, [2, 0, 1]], atol=1e-9)
 
 
-def test_identical_samples_get_identical_rows():
+@pytest.mark.parametrize("affinity", ["knn", "rbf", "linear"])
+def test_identical_samples_get_identical_rows(affinity):
     p, f = tiny_features()
     p, f = np.concatenate([p, p[:1]]), np.concatenate([f, f[:1]])
-    out = gratis.LAME(affinity="rbf").adapt(p, f).probabilities
+    out = gratis.LAME(affinity=affinity).adapt(p, f).probabilities
     np.testing.assert_allclose(out[0], out[-1], atol=1e-12)
 
 
@@ -130,9 +134,69 @@ def test_the_local_minimum_is_that_of_projected_gradient_descent(seed):
 
 def test_a_class_of_probability_zero_can_win():
     f = np.ones((12, 2)) + 0.01 * np.random.default_rng(0).standard_normal((12, 2))
-    p = np.tile([1e-4, 1 - 1e-4], (12, 1))
+    p = np.tile([0.0, 1.0], (12, 1))
     p[0] = [1.0, 0.0]
+    assert gratis.LAME(neighbors=11, weight=1.0).adapt(p, f).labels[0] == 0
     assert gratis.LAME(neighbors=11, weight=5.0).adapt(p, f).labels[0] == 1
+
+
+def test_identical_points_are_neighbours_of_one_another_never_of_themselves():
+    f = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), dim=1)
+    index = nearest(f, 2)
+    assert [sorted(row) for row in index.tolist()[:3]] == [[1, 2], [0, 2], [0, 1]]
+    assert 3 not in index[3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["spread", "near copies"])
+def test_neighbours_of_a_large_batch_are_those_of_the_full_distance_matrix(dtype, kind, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(400, 24, generator=generator, dtype=dtype)
+    if kind == "near copies":
+        f = f[:4].repeat(100, 1) + 1e-4 * f
+    f = torch.nn.functional.normalize(f, dim=1)
+    distance = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    expected = distance.sort(dim=1, stable=True).values[:, :5]
+    for block in (lame.BLOCK, 5000):
+        monkeypatch.setattr(lame, "BLOCK", block)
+        index = nearest(f, 5)
+        assert (index != torch.arange(400)[:, None]).all()
+        torch.testing.assert_close(distance.gather(1, index), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_sparse_path_is_the_dense_product(symmetric):
+    p, f = tiny_features()
+    f = np.concatenate([f] * 8) + 0.1 * np.random.default_rng(0).standard_normal((192, 6))
+    p = np.concatenate([p] * 8)
+    out = gratis.LAME(symmetric=symmetric).adapt(p, f).probabilities
+    np.testing.assert_allclose(out, reference(p, f, symmetric=symmetric)[0], atol=1e-9)
+
+
+def test_at_most_so_many_updates():
+    out = gratis.LAME(max_iterations=3).adapt(*tiny_features())
+    assert out.iterations == 3
+    assert not out.converged
+    assert len(gratis.LAME(tolerance=1e9).adapt(*tiny_features()).energy) == 3  # the stop is asked from the third on
+
+
+def test_the_wider_of_two_dtypes_is_kept_and_arrays_may_be_read_only():
+    p, f = tiny_features()
+    assert gratis.LAME().adapt(p.astype(np.float32), f.astype(np.float32)).probabilities.dtype == np.float32
+    assert gratis.LAME().adapt(p.astype(np.float32), f).probabilities.dtype == np.float64
+    expected = gratis.LAME().adapt(p, f).probabilities
+    p.flags.writeable = f.flags.writeable = False
+    np.testing.assert_array_equal(gratis.LAME().adapt(p, f).probabilities, expected)
+    np.testing.assert_array_equal(gratis.LAME().adapt(p.tolist(), f[::-1][::-1]).probabilities, expected)
+    with pytest.raises(InputError, match="must be numbers"):
+        gratis.LAME().adapt(p.astype(str), f)
+
+
+def test_tiny_and_huge_features_have_a_direction():
+    p, f = tiny_features()
+    expected = gratis.LAME().adapt(p, f).labels
+    for scale in (1e-200, 1e200):
+        np.testing.assert_array_equal(gratis.LAME().adapt(p, f * scale).labels, expected)
 
 
 def test_superclasses_are_summed_and_renormalised_before():
@@ -141,6 +205,10 @@ def test_superclasses_are_summed_and_renormalised_before():
     np.testing.assert_allclose(group_classes(torch.from_numpy(p), [[0, 1], [2]]).numpy(), [[5 / 6, 1 / 6]])
     with pytest.raises(InputError, match="at least one class"):
         group_classes(p, [[0], []])
+    with pytest.raises(InputError, match="does not have"):
+        group_classes(p, [[0], [4]])
+    with pytest.raises(InputError, match="no probability"):
+        group_classes(np.array([[1.0, 0, 0]]), [[1], [2]])
 
 
 def test_nothing_is_carried_from_batch_to_batch():
@@ -196,8 +264,36 @@ def test_guard_leaves_predictions_alone_where_neighbours_do_not_agree():
     noise = np.random.default_rng(0).standard_normal(f.shape)
     alone = gratis.LAME(guard=True).adapt(p, noise)
     assert alone.guarded
+    assert alone.iterations == 0
     np.testing.assert_array_equal(alone.probabilities, p)
+    adapted = gratis.LAME(guard=True).adapt(p, f)
+    assert not adapted.guarded
+    assert adapted.agreement > alone.agreement
+    np.testing.assert_array_equal(adapted.probabilities, gratis.LAME().adapt(p, f).probabilities)
+
+
+def test_guard_leaves_batches_alone_that_hold_too_few_of_a_class():
+    p = np.repeat(0.7 * np.eye(3) + 0.1, 4, axis=0)
+    f = np.repeat(np.eye(3), 4, axis=0) + 0.1 * np.random.default_rng(0).standard_normal((12, 3))
+    assert not gratis.LAME(neighbors=3, guard=True).adapt(p, f).guarded
+    assert not gratis.LAME(neighbors=6, guard=True).adapt(p, f).guarded
+    assert gratis.LAME(neighbors=7, guard=True).adapt(p, f).guarded  # 3 of 7 at most can be of the sample's class
+
+
+def test_guard_does_not_ask_a_batch_of_one_class_to_agree_above_chance():
+    generator = np.random.default_rng(0)
+    f = np.array([3.0, 0, 0, 0]) + generator.standard_normal((16, 4))
+    p = generator.dirichlet([6.0, 3, 1, 1], 16)
     assert not gratis.LAME(guard=True).adapt(p, f).guarded
+
+
+def test_agreement_is_that_of_the_neighbours_labels():
+    p, f = tiny_features()
+    index = nearest(torch.nn.functional.normalize(torch.from_numpy(f), dim=1), 5).numpy()
+    labels = p.argmax(1)
+    assert gratis.LAME().adapt(p, f).agreement == pytest.approx(np.mean(labels[index] == labels[:, None]))
+    assert gratis.LAME().adapt(p[:1], f[:1]).agreement is None
+    assert gratis.LAME(affinity="linear").adapt(p, f).agreement is None
 
 
 def test_reading_features_leaves_the_model_as_it_was():
@@ -217,6 +313,66 @@ def test_reading_features_leaves_the_model_as_it_was():
         read_features(model, "head", torch.randn(1, 3, 8, 8))
 
 
+class Broken(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        self.fc(x)
+        raise RuntimeError("broken")
+
+
+class Twice(Broken):
+    def forward(self, x):
+        return self.fc(x) + self.fc(x)
+
+
+class Named(Broken):
+    def forward(self, x):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(logits=self.fc(input=x))
+
+
+def test_reading_features_of_models_of_other_makes():
+    broken = Broken().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        read_features(broken, "fc", torch.randn(2, 3))
+    assert broken.training
+    assert not broken.fc._forward_pre_hooks
+    with pytest.raises(TypeError, match="2 times"):
+        read_features(Twice(), "fc", torch.randn(2, 3))
+    x = torch.randn(5, 3)
+    model = Named()
+    logits, features = read_features(model, "fc", x, batch_size=2)
+    torch.testing.assert_close(features, x)
+    torch.testing.assert_close(logits, model.fc(x).detach())
+    maps = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 2, 2), torch.nn.Flatten())
+    images = torch.randn(5, 3, 2, 2)
+    with pytest.raises(TypeError, match="pooling='mean'"):
+        read_features(maps, "1", images)
+    _, pooled = read_features(maps, "1", images, pooling="mean")
+    torch.testing.assert_close(pooled, maps[0](images).mean((2, 3)).detach())
+
+
+def test_a_stream_through_a_torch_classifier():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(20, 4) + 2 * torch.eye(4)[torch.arange(20) // 5]
+    groups = [[0, 2], [1, 3]]
+    stream = gratis.LAME().adapt_stream(model, images.split(8), layer="3", groups=groups)
+    out = [next(stream)]
+    assert model.training
+    out += list(stream)
+    assert [len(adapted.labels) for adapted in out] == [8, 8, 4]
+    logits, features = read_features(model, "3", images[:8])
+    expected = gratis.LAME().adapt(group_classes(logits.softmax(1), groups), features)
+    torch.testing.assert_close(out[0].probabilities, expected.probabilities)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_streams_follow_their_rules():
     labels = np.repeat(np.arange(20), 50)
     runs = in_runs(labels, np.random.default_rng(0))
@@ -230,6 +386,16 @@ def test_streams_follow_their_rules():
         counts = np.sort(np.bincount(drawn, minlength=20))[::-1]
         assert counts[:2].sum() < 0.9 * 1000
         assert len(drawn) > 900
+    with pytest.raises(InputError, match="share must be above"):
+        prior_shift(labels, np.random.default_rng(0), share=0.1)
+    with pytest.raises(InputError, match="draws"):
+        prior_shift(labels, np.random.default_rng(0), share=0.1001)
+    with pytest.raises(InputError, match="two classes"):
+        prior_shift(labels * 0, np.random.default_rng(0))
+    both = order_of(labels, np.random.default_rng(0), runs=True, shifted=True)
+    assert (np.diff(labels[both]) != 0).sum() == len(np.unique(labels[both])) - 1
+    assert len(np.unique(both)) < len(both)
+    assert [len(part) for part in batches(both[:37], 16)] == [16, 16, 5]
     again = prior_shift(labels, np.random.default_rng(3))
     np.testing.assert_array_equal(again, prior_shift(labels, np.random.default_rng(3)))
     assert len(np.unique(again)) < len(again)
@@ -254,6 +420,41 @@ NOT_FOR_LAME = {
 @parametrize_with_checks([LAMEClassifier()], expected_failed_checks=lambda estimator: NOT_FOR_LAME)
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
+
+
+def test_searches_of_scikit_learn_reach_the_parameters_of_the_method():
+    generator = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], 20)
+    x = generator.standard_normal((60, 4)) + 1.2 * np.eye(4)[y]
+    search = GridSearchCV(LAMEClassifier(method=gratis.LAME()), {"method__neighbors": [1, 3]}, cv=2).fit(x, y)
+    assert search.best_params_["method__neighbors"] in (1, 3)
+    assert search.best_estimator_.method.neighbors == search.best_params_["method__neighbors"]
+
+
+def test_a_trained_classifier_is_used_as_it_is():
+    generator = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], 20)
+    x = generator.standard_normal((60, 4)) + np.eye(4)[y]
+    trained = LogisticRegression().fit(x, y)
+    model = LAMEClassifier(FrozenEstimator(trained), gratis.LAME(weight=0.0)).fit(x[:6], [0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(model.predict_proba(x), trained.predict_proba(x))
+
+
+def test_a_row_without_direction_keeps_its_prediction_and_is_no_neighbour():
+    generator = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], 20)
+    x = generator.standard_normal((60, 4)) + np.eye(4)[y]
+    model = LAMEClassifier(batch_size=61).fit(x, y)
+    with_zero = np.insert(x, 7, 0.0, axis=0)
+    p = model.predict_proba(with_zero)
+    np.testing.assert_array_equal(p[7], model.classifier_.predict_proba(np.zeros((1, 4)))[0])
+    np.testing.assert_allclose(np.delete(p, 7, axis=0), model.predict_proba(x))
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "16"])
+def test_a_batch_size_that_is_none_is_refused(size):
+    with pytest.raises((TypeError, ValueError), match="batch_size"):
+        LAMEClassifier(batch_size=size).fit(np.eye(4), [0, 1, 0, 1])
 
 
 def test_classifier_adapts_batch_by_batch():
