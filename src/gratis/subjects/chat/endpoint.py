@@ -1,0 +1,193 @@
+"""An OpenAI-compatible endpoint, asked within limits."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from gratis.contract.errors import MissingExtraError
+from gratis.subjects.chat.limits import Breaker, Failure, Gate, Pace, persistently
+from gratis.subjects.chat.messages import ChatError, Reply, Request, Usage
+
+RETRIED = {408, 409, 429}
+
+
+class Endpoint:
+    """Chat completions over HTTP. The key comes from the argument or `OPENAI_API_KEY`, and is never written down."""
+
+    def __init__(
+        self,
+        base_url: str | None,
+        model: str | None,
+        *,
+        key: str | None,
+        concurrency: int,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        timeout_s: float,
+        attempts: int,
+        retry_budget_s: float,
+        sleep: Callable[[float], None],
+        clock: Callable[[], float],
+    ) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise MissingExtraError.of("openai", "programs") from None
+        self._openai = openai
+        # The client's own pool would cap the concurrency.
+        pool = type(openai.DEFAULT_CONNECTION_LIMITS)(
+            max_connections=concurrency, max_keepalive_connections=concurrency
+        )
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=key or os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=0,
+            timeout=openai.Timeout(timeout_s, connect=min(10.0, timeout_s)),
+            http_client=openai.DefaultHttpxClient(limits=pool),
+        )
+        self._model = model
+        self._gate, self._breaker = Gate(concurrency), Breaker()
+        self._pace = Pace(requests_per_minute, tokens_per_minute, sleep, clock)
+        self._concurrency, self._attempts, self._budget = concurrency, attempts, retry_budget_s
+        self._sleep, self._clock = sleep, clock
+
+    @property
+    def model(self) -> str:
+        """The model's name; asked of the server where none was given and it serves one."""
+        if self._model is None:
+            try:
+                served = [m.id for m in self._client.models.list().data]
+            except self._openai.OpenAIError as error:
+                raise ChatError(
+                    f"The endpoint does not say which models it serves ({_words(error)}): name one."
+                ) from None
+            if len(served) != 1:
+                shown = ", ".join(served[:5]) or "none"
+                raise ChatError(f"The endpoint serves {shown}: name one with model=….")
+            self._model = served[0]
+        return self._model
+
+    def generate(self, requests: list[Request]) -> list[Reply]:
+        """Replies in the order of the requests; one that failed says why."""
+        model = self.model
+        if len(requests) == 1:
+            return [self._reply(requests[0], model)]
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            return list(pool.map(lambda request: self._reply(request, model), requests))
+
+    def _reply(self, request: Request, model: str) -> Reply:
+        log: list[str] = []
+
+        def note(failure: Failure) -> None:
+            log.append(failure.reason)
+            if failure.status == 429:
+                self._gate.overrun()
+
+        if self._breaker.open:
+            return Reply.failed("not sent: more than half of the last 20 requests failed", model=model)
+        try:
+            with self._gate:
+                reply = persistently(
+                    lambda: self._send(request, model),
+                    attempts=self._attempts,
+                    budget_s=self._budget,
+                    sleep=self._sleep,
+                    on_failure=note,
+                    clock=self._clock,
+                )
+        except Failure as failure:
+            self._breaker.note(True)
+            return Reply.failed(failure.reason, log, model)
+        self._breaker.note(False)
+        self._gate.clean()
+        reply.attempts = log
+        return reply
+
+    def _send(self, request: Request, model: str) -> Reply:
+        self._pace.wait(sum(len(m["content"]) for m in request.messages) // 4 + request.max_tokens)
+        began = time.perf_counter()
+        try:
+            answer = self._client.chat.completions.create(**_arguments(request, model))
+        except self._openai.APIStatusError as error:
+            status = error.status_code
+            again = status in RETRIED or status >= 500
+            raise Failure(f"HTTP {status}: {_words(error)}", again, _retry_after(error), status) from None
+        except self._openai.APITimeoutError:
+            raise Failure("the endpoint did not answer in time", True) from None
+        except self._openai.APIConnectionError as error:
+            raise Failure(f"no connection: {_words(error)}", True) from None
+        except (self._openai.APIResponseValidationError, ValueError) as error:
+            raise Failure(f"the answer is not what the protocol says: {_words(error)}", True) from None
+        return _read(answer, request, model, time.perf_counter() - began)
+
+
+def _arguments(request: Request, model: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": model,
+        "messages": [dict(message) for message in request.messages],
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "max_tokens": request.max_tokens,
+        "seed": request.seed + request.sample_index,
+    }
+    if request.stop:
+        arguments["stop"] = list(request.stop)
+    if request.logprobs is not None:
+        arguments |= {"logprobs": True, "top_logprobs": request.logprobs}
+    schema = request.response_schema
+    if request.choices:
+        schema = {"type": "string", "enum": list(request.choices)}
+    if schema is not None:
+        arguments["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": dict(schema), "strict": True},
+        }
+    return arguments
+
+
+def _read(answer: Any, request: Request, model: str, seconds: float) -> Reply:
+    try:
+        choice = answer.choices[0]
+        text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
+    except (AttributeError, IndexError, TypeError):
+        raise Failure("the answer is not what the protocol says: it has no choices", True) from None
+    usage = Usage(
+        input=sum(len(m["content"]) for m in request.messages) // 4, output=len(text or "") // 4, estimated=True
+    )
+    if getattr(answer, "usage", None) is not None:
+        details = getattr(answer.usage, "prompt_tokens_details", None)
+        thought = getattr(answer.usage, "completion_tokens_details", None)
+        usage = Usage(
+            input=answer.usage.prompt_tokens or 0,
+            cached_input=getattr(details, "cached_tokens", 0) or 0,
+            output=answer.usage.completion_tokens or 0,
+            reasoning=getattr(thought, "reasoning_tokens", 0) or 0,
+        )
+    if text is None and refusal is None:
+        raise Failure("the answer is empty", True)
+    finish = "refusal" if text is None else "length" if choice.finish_reason == "length" else "stop"
+    tokens = getattr(getattr(choice, "logprobs", None), "content", None)
+    return Reply(
+        text=text if text is not None else refusal,
+        finish_reason=finish,
+        usage=usage,
+        logprobs=[entry.model_dump() for entry in tokens] if tokens else None,
+        model=getattr(answer, "model", None) or model,
+        latency_s=seconds,
+    )
+
+
+def _retry_after(error: Any) -> float | None:
+    value = error.response.headers.get("retry-after")
+    try:
+        return max(float(value), 0.0) if value is not None else None
+    except ValueError:
+        return None
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,60 @@
+"""Getting a JSON value out of a reply's text, and saying why it does not fit a schema."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+def parse_json(text: str) -> Any:
+    """The JSON value of `text`: the whole, else its last fenced block, else its first balanced object or list.
+
+    Raises ValueError where there is none.
+    """
+    candidates = [text.strip()]
+    candidates += [match.strip() for match in re.findall(r"```(?:json)?\s*\n(.*?)```", text, flags=re.DOTALL)][::-1]
+    balanced = _balanced(text)
+    if balanced is not None:
+        candidates.append(balanced)
+    for candidate in candidates:
+        try:
+            return json.loads(candidate)
+        except ValueError:
+            continue
+    raise ValueError("it holds no JSON value")
+
+
+def mismatch(value: Any, schema: Mapping[str, Any]) -> str | None:
+    """Why `value` does not fit the JSON Schema, or None. Raises ValueError for a schema that is none."""
+    import jsonschema
+
+    try:
+        jsonschema.validate(value, schema)
+    except jsonschema.ValidationError as error:
+        return str(error.message)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"the schema is no JSON Schema: {error.message}") from error
+    return None
+
+
+def _balanced(text: str) -> str | None:
+    start = next((i for i, c in enumerate(text) if c in "{["), None)
+    if start is None:
+        return None
+    depth, quoted, escaped = 0, False, False
+    for end in range(start, len(text)):
+        c = text[end]
+        if quoted:
+            quoted = escaped or c != '"'
+            escaped = not escaped and c == "\\"
+        elif c == '"':
+            quoted = True
+        elif c in "{[":
+            depth += 1
+        elif c in "}]":
+            depth -= 1
+            if depth == 0:
+                return text[start : end + 1]
+    return None
