@@ -98,6 +98,8 @@ def test_names_default_tasks_and_refusals():
         try_method("rais")
     with pytest.raises(UnknownNameError, match="did you mean 'count'"):
         try_method("raise", task="coumt")
+    with pytest.raises(ParameterError, match="opened by name"):
+        try_method(Raise(), Number(), Count(), device="cpu")
     with pytest.raises(ParameterError, match="at least one round"):
         try_method(Raise(), Number(), Count(), rounds=0)
     with pytest.raises(ParameterError, match="--task"):

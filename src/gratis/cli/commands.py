@@ -129,6 +129,8 @@ def try_(
         int | None, typer.Option("--rounds", min=1, help="How often each arm is measured.  [default: up to 3]")
     ] = None,
     seed: Seed = 0,
+    device: Annotated[str | None, typer.Option("--device", help="Where the model is put: cpu, cuda …")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Its numbers: float32, bfloat16, float16.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the trial file and the page.")] = Path("trials"),
     as_json: AsJson = False,
 ) -> None:
@@ -142,6 +144,8 @@ def try_(
         rounds,
         seed,
         show=not as_json,
+        device=device,
+        dtype=dtype,
     )
     _present(trial, out, as_json)
 
@@ -257,6 +261,8 @@ def _measure(
     *,
     show: bool,
     command: str = "",
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Trial:
     from gratis.trials.measuring import try_method
 
@@ -268,6 +274,8 @@ def _measure(
             against=against,
             rounds=rounds,
             seed=seed,
+            device=device,
+            dtype=dtype,
             progress=progress,
             command=command or shlex.join(["gratis", *sys.argv[1:]]),
         )

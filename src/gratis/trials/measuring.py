@@ -19,7 +19,7 @@ from gratis.contract.method import Attachable, Method
 from gratis.tasks.task import Measurement, Metric, Progress, Task, silent, task_catalogue
 from gratis.trials import statistics
 from gratis.trials.environment import environment
-from gratis.trials.memory import PeakMemory
+from gratis.trials.memory import PeakMemory, synchronize
 from gratis.trials.trial import (
     Arm,
     Comparison,
@@ -82,6 +82,8 @@ def try_method(
     against: Iterable[str | Method] = (),
     rounds: int | None = None,
     seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
     progress: Progress = silent,
     command: str = "",
 ) -> Trial:
@@ -95,6 +97,8 @@ def try_method(
             parameters that it shares with `method`, so that both have, for example, the same budget.
         rounds: how often every arm is measured. None: three times, or fewer when that takes more than a minute.
         seed: seed of the task's data and of what it draws.
+        device: where a subject that is given by name is put, "cuda" for example.
+        dtype: its numbers, "bfloat16" for example.
         progress: called with the fraction done and a few words.
         command: what repeats the trial, to be stored with it.
 
@@ -106,9 +110,11 @@ def try_method(
     methods = _methods(method)
     chosen_task = _task(task, methods[-1])
     rivals = [_rival(other, methods[-1]) for other in against]
+    if subject is None and (device or dtype) and chosen_task.card.subject:
+        subject = chosen_task.card.subject
     name = subject if isinstance(subject, str) else chosen_task.card.subject if subject is None else ""
     progress(0.0, "opening the subject")
-    opened = _opened(subject, chosen_task)
+    opened = _opened(subject, chosen_task, device, dtype)
     if not isinstance(subject, str) and subject is not None and attached(opened):
         raise SubjectError("Methods are already attached to this subject; detach them, so that before is before.")
     candidates = _candidates(chosen_task, methods, rivals)
@@ -252,6 +258,7 @@ def run_once(
         target = stack.enter_context(task.applied(subject, last))
         wall, cpu = time.perf_counter(), time.process_time()
         measurement = task.measure(target, seed=seed, progress=progress)
+        synchronize()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         reports = {name: report for one in attached(subject) for name, report in one.report().items()}
     metrics = dict(measurement.metrics)
@@ -366,14 +373,19 @@ def _task_entries() -> Mapping[str, Any]:
     return task_catalogue.entries
 
 
-def _opened(subject: Any, task: Task) -> Any:
-    if subject is None:
-        return task.subject()
+def _opened(subject: Any, task: Task, device: str | None, dtype: str | None) -> Any:
     if isinstance(subject, str):
         from gratis.subjects import open as open_subject
 
-        return open_subject(subject)
-    return subject
+        try:
+            return open_subject(subject, device=device, dtype=dtype)
+        except (RuntimeError, AssertionError) as error:
+            if device is None:
+                raise
+            raise SubjectError(f"{subject} cannot be put on {device!r}: {str(error).splitlines()[0]}.") from error
+    if device or dtype:
+        raise ParameterError("device and dtype are for a subject that is opened by name; put this one there yourself.")
+    return task.subject() if subject is None else subject
 
 
 def _candidates(task: Task, methods: tuple[Method, ...], rivals: list[Method]) -> list[Candidate]:

@@ -89,6 +89,12 @@ def release_freed() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def synchronize() -> None:
+    """Wait for the work that a CUDA device still has, so that a clock read afterwards includes it."""
+    if (cuda := _cuda()) is not None:
+        cuda.synchronize()
+
+
 def _cuda() -> Any:
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
