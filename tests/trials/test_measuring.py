@@ -122,6 +122,14 @@ def test_the_method_refuses_before_anything_is_measured():
     assert not LOG
 
 
+def test_what_a_subject_is_called(tmp_path):
+    assert measuring.describe(Number(), "owner/name")["name"] == "owner/name"
+    assert measuring.describe(Number(), str(tmp_path))["name"] == tmp_path.name
+    assert measuring.describe(Number(), "https://me:secret@host:8000/v1?key=x")["name"] == "https://host:8000"
+    assert measuring.describe(Number())["name"] == "Number"
+    assert measuring.describe((1, 2))["name"] == "the task's own"
+
+
 def test_before_must_be_before():
     subject = Number()
     with attach(subject, Raise()), pytest.raises(SubjectError, match="already attached"):

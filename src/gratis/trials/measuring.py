@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gratis.contract.attach import attach, attached
 from gratis.contract.catalogue import catalogue
@@ -278,7 +279,7 @@ def run_once(
 
 def describe(subject: Any, name: str = "") -> dict[str, Any]:
     """What a subject is, in plain values: its name, class and, where it has them, parameters and dtype."""
-    described: dict[str, Any] = {"name": Path(name).name if name else "", "type": type(subject).__name__}
+    described: dict[str, Any] = {"name": _shown(name), "type": type(subject).__name__}
     if hasattr(subject, "num_parameters"):
         described["parameters"] = int(subject.num_parameters())
     for attribute in ("dtype", "device"):
@@ -288,6 +289,14 @@ def describe(subject: Any, name: str = "") -> dict[str, Any]:
     if not described["name"]:
         described["name"] = described["type"] if type(subject).__module__ != "builtins" else "the task's own"
     return described
+
+
+def _shown(name: str) -> str:
+    """A subject's name without the folders of this machine, and an address without what may be secret in it."""
+    if "://" in name:
+        address = urlsplit(name)
+        return f"{address.scheme}://{address.hostname}" + (f":{address.port}" if address.port else "")
+    return Path(name).name if name and Path(name).exists() else name
 
 
 def compare(metric: MetricInfo, after: Measured, before: Measured) -> Comparison:
