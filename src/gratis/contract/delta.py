@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -182,7 +183,7 @@ class Delta:
                 done.add(id(weight))
                 original = weight.data
                 change = self.dense(name).to(weight.device, torch.float32)
-                scope.defer(lambda weight=weight, original=original: setattr(weight, "data", original))
+                scope.defer(functools.partial(setattr, weight, "data", original))
                 weight.data = (original.float() + change).to(original.dtype)
                 changed += weight.numel()
         return lambda: {"weights_changed": len(done), "numbers_changed": changed, "bytes": self.bytes}

@@ -158,7 +158,7 @@ class BoundedCache(Cache):
 
     def __init__(self, eviction: Eviction, turns: list[Rotation], window: int | None, method: str) -> None:
         super().__init__(layers=[])
-        self.layers = [BoundedLayer(self, index) for index in range(len(turns))]
+        self.layers: list[Any] = [BoundedLayer(self, index) for index in range(len(turns))]
         self.method = method
         self.stored = 0
         self.seen = 0

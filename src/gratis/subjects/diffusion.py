@@ -17,7 +17,7 @@ PER_LAYER = ("resnets", "attentions", "motion_modules", "temp_attentions", "temp
 """Lists of a U-Net block that hold one module per layer."""
 
 
-def unet_of(subject: Any, method: str) -> nn.Module:
+def unet_of(subject: Any, method: str) -> Any:
     """The U-Net of a diffusers pipeline, or the U-Net itself. Raises SubjectError."""
     try:
         from diffusers import DiffusionPipeline, ModelMixin

@@ -160,7 +160,7 @@ def _cached_keys(model: Any, method: str, position: int) -> list[Tensor]:
                 f"{method} needs layers that keep all keys and values; {type(model).__name__} has a "
                 f"{_in_words(type(layer).__name__)} among them."
             )
-        if not layer.is_initialized or layer.keys.dim() != 4 or layer.keys.shape[-2] != 1:
+        if not layer.is_initialized or layer.keys is None or layer.keys.dim() != 4 or layer.keys.shape[-2] != 1:
             raise SubjectError(
                 f"{method} needs one key per token in every layer; {type(model).__name__} keeps its cache otherwise."
             )

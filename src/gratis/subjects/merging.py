@@ -308,6 +308,7 @@ class _Engine:
     def _base(self, method: Merge, part: Stretch, into: Tensor) -> Tensor | None:
         if not method.needs_base:
             return None
+        assert self._inputs.base is not None
         view = self._inputs.base.view(part.tensor, part.start, part.count)
         return view if view.dtype == torch.float32 else into.copy_(view)
 
@@ -417,9 +418,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     dtype = getattr(torch, name, None)
-    if dtype not in DTYPES.values() or not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values() or not dtype.is_floating_point:
         raise ParameterError(f"dtype must be float32, bfloat16, float16 or float64, not {name!r}.")
-    return dtype  # type: ignore[no-any-return]
+    return dtype
 
 
 def _existing(path: Path) -> Path:

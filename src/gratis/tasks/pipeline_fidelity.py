@@ -119,11 +119,11 @@ def random_pipeline() -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
+        unet: Any = UNet2DConditionModel(
             sample_size=32, block_out_channels=(32, 64, 96, 96), cross_attention_dim=96, attention_head_dim=8,
             norm_num_groups=16,
         )  # fmt: skip
-        vae = AutoencoderKL(
+        vae: Any = AutoencoderKL(
             block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip

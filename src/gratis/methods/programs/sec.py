@@ -186,9 +186,9 @@ class _Written:
     """Demonstrations for one question."""
 
     def __init__(self, mode: str) -> None:
-        self.mode, self.demos, self.valid, self.attempts = mode, [], False, 0
+        self.mode, self.valid, self.attempts = mode, False, 0
+        self.demos: list[Demo] = []
         self.usage: list[Usage] = []
-        self.demos: list[Demo]
 
 
 def fields(form: Format, mode: str) -> tuple[str, ...]:

@@ -136,7 +136,7 @@ class Chat:
                             "retry_budget_s": retry_budget_s}.items():  # fmt: skip
             if value <= 0:
                 raise ParameterError(f"Chat: {name} must be above 0, not {value}.")
-        self._limits = {
+        self._limits: dict[str, Any] = {
             "key": key, "concurrency": concurrency, "requests_per_minute": requests_per_minute,
             "tokens_per_minute": tokens_per_minute, "timeout_s": timeout_s, "attempts": attempts,
             "retry_budget_s": retry_budget_s, "sleep": sleep, "clock": clock,
@@ -148,7 +148,7 @@ class Chat:
         self._cache_mode = cache_mode
         self._transcript = Transcript(Path(transcript)) if transcript is not None else None
         self._budget, self._prices = budget or Budget(), prices
-        self._spent = {"calls": 0, "tokens": 0, "cost": 0.0}
+        self._spent: dict[str, float] = {"calls": 0, "tokens": 0, "cost": 0.0}
         self._counts: dict[tuple[str, str], dict[str, float]] = {}
 
     @classmethod
@@ -197,10 +197,10 @@ class Chat:
         first = {keys[n]: n for n in reversed(fresh)}
         sent = [n for n in fresh if first[keys[n]] == n]
         self._check_budget([wanted[n] for n in sent], [r for r in replies if r is not None])
-        for number, reply in zip(sent, self._generate([wanted[n] for n in sent]), strict=True):
-            replies[number] = reply
+        for number, fresh_reply in zip(sent, self._generate([wanted[n] for n in sent]), strict=True):
+            replies[number] = fresh_reply
             if self._cache is not None and self._cache_mode != "read" and self._cacheable(wanted[number]):
-                self._cache.put(keys[number], reply)
+                self._cache.put(keys[number], fresh_reply)
         done: list[Reply] = []
         for number, reply in enumerate(replies):
             answered = reply if reply is not None else replace(replies[first[keys[number]]], cached=True)  # type: ignore[type-var]
@@ -298,7 +298,7 @@ class Chat:
     def _note(self, request: Request, reply: Reply) -> None:
         key = str(request.tags.get("method", "")), str(request.tags.get("role", ""))
         counts = self._counts.setdefault(key, {})
-        seen = {"calls": 1, "cached": reply.cached, "errors": reply.error is not None}
+        seen: dict[str, float] = {"calls": 1, "cached": reply.cached, "errors": reply.error is not None}
         if not reply.cached:
             usage = asdict(reply.usage)
             seen |= {name: usage[name] for name in ("input", "cached_input", "output")}

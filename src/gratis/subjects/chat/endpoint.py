@@ -172,7 +172,7 @@ def _read(answer: Any, request: Request, model: str, seconds: float) -> Reply:
     finish = "refusal" if text is None else "length" if choice.finish_reason == "length" else "stop"
     tokens = getattr(getattr(choice, "logprobs", None), "content", None)
     return Reply(
-        text=text if text is not None else refusal,
+        text=str(text if text is not None else refusal),
         finish_reason=finish,
         usage=usage,
         logprobs=[entry.model_dump() for entry in tokens] if tokens else None,
