@@ -32,6 +32,17 @@ def rule(layers, tokens, budget, span, overlap, sinks):
     tall = 1 + -((span - layers) // step)
     kept = min(-(-span // step), tall)
     gone = tall - kept
+
+    def thin(cache, start, count):
+        out = []
+        for i, layer in enumerate(cache):
+            new = layer[:start]
+            for j in range(count):
+                for k in range(kept):
+                    new.append(layer[start + tall * j + i % (gone + 1) + k])
+            out.append(new + layer[start + tall * count :])
+        return out
+
     limit, cursor, first = budget, sinks, True
     cache = [[] for _ in range(layers)]
     for token in range(tokens):
@@ -46,24 +57,14 @@ def rule(layers, tokens, budget, span, overlap, sinks):
             continue
         room = limit - cursor - layers
 
-        def thin(start, count):
-            out = []
-            for i, layer in enumerate(cache):
-                new = layer[:start]
-                for j in range(count):
-                    for k in range(kept):
-                        new.append(layer[start + tall * j + i % (gone + 1) + k])
-                out.append(new + layer[start + tall * count :])
-            return out
-
         if need <= room // kept * gone:
             count = -(-need // gone)
-            cache, cursor = thin(cursor, count), cursor + count * kept
+            cache, cursor = thin(cache, cursor, count), cursor + count * kept
         else:
             count = max(room // kept, 0)
-            cache = thin(cursor, count)
+            cache = thin(cache, cursor, count)
             rest = -(-(need - count * gone) // gone)
-            cache, cursor = thin(sinks, rest), sinks + rest * kept
+            cache, cursor = thin(cache, sinks, rest), sinks + rest * kept
     return cache
 
 
