@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+from gratis.contract.errors import MissingExtraError
 from gratis.contract.method import Method
 from gratis.contract.parameters import param
 from gratis.tasks.digits_stream import _pair, stream_measurement
@@ -120,9 +121,13 @@ def _photograph(name: str) -> Any:
     from pathlib import Path
 
     import numpy as np
-    import skimage
     import sklearn
-    from PIL import Image
+
+    try:
+        import skimage
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError.of("scikit-image", "vision") from None
 
     folders = (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images")
     with Image.open(next(folder / name for folder in folders if (folder / name).is_file())) as image:

@@ -373,6 +373,27 @@ def test_a_stream_through_a_torch_classifier():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["ViT", "ResNet", "Dinov2"])
+def test_a_stream_through_classifiers_of_transformers(name):
+    import transformers
+
+    sizes = {
+        "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    }.get(
+        name, {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    )
+    config = getattr(transformers, f"{name}Config")(num_labels=5, **sizes)
+    model = getattr(transformers, f"{name}ForImageClassification")(config).train()
+    images = torch.randn(10, 3, 32, 32)
+    first, last = gratis.LAME().adapt_stream(model, images.split(8), layer="classifier")
+    assert first.probabilities.shape == (8, 5)
+    assert last.probabilities.shape == (2, 5)
+    assert model.training
+    plain, _ = gratis.LAME(weight=0.0).adapt_stream(model, images.split(8), layer="classifier")
+    with torch.no_grad():
+        torch.testing.assert_close(plain.probabilities, model.eval()(images[:8]).logits.softmax(1))
+
+
 def test_streams_follow_their_rules():
     labels = np.repeat(np.arange(20), 50)
     runs = in_runs(labels, np.random.default_rng(0))

@@ -110,11 +110,11 @@ class LAME(Estimator):
                 task_parameters={"stream": "iid"},
             ),
             Claim(
-                name="on shuffled balanced digits it costs at most four points",
+                name="on shuffled balanced digits it costs at most five points",
                 task="digits-stream",
                 metric="accuracy",
                 compare="difference",
-                at_least=-0.04,
+                at_least=-0.05,
                 task_parameters={"stream": "iid"},
             ),
             Claim(
