@@ -72,9 +72,9 @@ class Reasoning(Task):
         scores: list[float] = []
         lengths: list[float] = []
         for number, problem in enumerate(posed):
-            text, tokens = respond(model, problem.question, self.max_new_tokens)[0]
-            scores.append(problem.score(extract(self.answer, text)))
-            lengths.append(float(tokens))
+            response = respond(model, encoded(model, problem.question), self.max_new_tokens)[0]
+            scores.append(problem.score(extract(self.answer, response.text)))
+            lengths.append(float(len(response.tokens)))
             progress((number + 1) / len(posed), f"{sum(scores):g} of {number + 1} right")
         drawn = drawn_tokens(model)
         return Measurement(
@@ -118,32 +118,47 @@ def problems(kinds: Sequence[str], size: int, seed: int, difficulty: str) -> lis
     return [column[row] for row in range(len(made[0])) for column in made if row < len(column)]
 
 
-def respond(model: Any, question: str, max_new_tokens: int, **options: Any) -> list[tuple[str, int]]:
-    """Text and length in tokens of the model's responses to a question put through its chat template."""
+@dataclass(frozen=True)
+class Response:
+    """What a model answered: its text, and its tokens, the end-of-sequence token included."""
+
+    text: str
+    tokens: list[int]
+
+
+def encoded(model: Any, question: str) -> Any:
+    """(1, length) token ids of a question put through the model's chat template, or through a plain one."""
+    from gratis.subjects import tokenizer_of
+
+    tokenizer = tokenizer_of(model)
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    else:
+        inputs = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")
+    return inputs["input_ids"].to(model.device)
+
+
+def respond(model: Any, prompt: Any, max_new_tokens: int, **options: Any) -> list[Response]:
+    """What the model's own `generate` returns for a prompt (1, length), given `options`."""
     import torch
 
     from gratis.subjects import tokenizer_of
 
     tokenizer = tokenizer_of(model)
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    else:
-        inputs = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")
-    ids = inputs["input_ids"].to(model.device)
-    options.setdefault("pad_token_id", model.generation_config.pad_token_id or tokenizer.eos_token_id)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options
-        )
-    responses = []
     ends = model.generation_config.eos_token_id
     stops = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-    for row in out[:, ids.shape[1] :].tolist():
+    if model.generation_config.pad_token_id is None:
+        options.setdefault("pad_token_id", tokenizer.eos_token_id)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, **options
+        )
+    responses = []
+    for row in out[:, prompt.shape[1] :].tolist():
         length = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
-        responses.append((tokenizer.decode(row[:length], skip_special_tokens=True), length))
+        responses.append(Response(tokenizer.decode(row[:length], skip_special_tokens=True), row[:length]))
     return responses
 
 

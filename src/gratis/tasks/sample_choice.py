@@ -8,7 +8,7 @@ from typing import Any, Literal
 from gratis.contract.attach import Attachment, attached
 from gratis.contract.errors import SubjectError
 from gratis.contract.parameters import param
-from gratis.tasks.reasoning import drawn_tokens, problems, respond
+from gratis.tasks.reasoning import drawn_tokens, encoded, problems, respond
 from gratis.tasks.task import Measurement, Metric, Progress, Task, TaskCard, silent
 
 
@@ -71,43 +71,52 @@ class SampleChoice(Task):
         items: dict[str, list[float]] = {
             name: [] for name in ("first_accuracy", "mean_accuracy", "any_accuracy", "gain", "length_correlation")
         }
-        worst = math.nan
+        differences: list[float] = []
         for number, problem in enumerate(posed):
-            responses = respond(
-                model, problem.question, self.max_new_tokens, num_return_sequences=self.samples, **options
-            )
-            scores = [problem.score(extract(self.answer, text)) for text, _ in responses]
-            lengths = [length for _, length in responses]
+            prompt = encoded(model, problem.question)
+            responses = respond(model, prompt, self.max_new_tokens, num_return_sequences=self.samples, **options)
+            scores = [problem.score(extract(self.answer, response.text)) for response in responses]
+            lengths = [float(len(response.tokens)) for response in responses]
             mean = sum(scores) / len(scores)
             items["first_accuracy"].append(scores[0])
             items["mean_accuracy"].append(mean)
             items["any_accuracy"].append(max(scores))
             items["gain"].append(scores[0] - mean)
-            items["length_correlation"].append(_rank_correlation([-place for place in range(len(lengths))], lengths))
-            worst = _larger(worst, rescored_difference(model, number))
-            tokens += sum(lengths)
+            items["length_correlation"].append(rank_correlation([-float(p) for p in range(len(lengths))], lengths))
+            differences.append(rescored_difference(model, prompt, [response.tokens for response in responses]))
+            tokens += int(sum(lengths))
             progress((number + 1) / len(posed), f"{sum(items['first_accuracy']):g} of {number + 1} right")
-        metrics = {name: _mean(values) for name, values in items.items()}
+        metrics = {name: sum(values) / len(values) for name, values in items.items()}
+        metrics["rescored_difference"] = max(differences)
         drawn = drawn_tokens(model)
         return Measurement(
-            metrics={**metrics, "rescored_difference": worst},
+            metrics=metrics,
             items={name: items[name] for name in ("first_accuracy", "mean_accuracy", "any_accuracy", "gain")},
             tokens=drawn - before if drawn > before else tokens,
             details={"right_per_sample": items["mean_accuracy"]},
         )
 
 
-def rescored_difference(model: Any, number: int) -> float:
-    """Difference of the last call's reported self-certainty from a teacher-forced pass; not a number without one."""
+def rescored_difference(model: Any, prompt: Any, responses: list[list[int]]) -> float:
+    """Largest difference of the last call's reported self-certainty from that of a teacher-forced pass.
+
+    `responses` (token ids) are in the order in which they were returned; not a number where nothing was reported.
+    """
+    from gratis.methods.decoding.self_certainty import score
+
     for one in attached(model):
         for report in one.report().values():
-            if "self_certainty" in report and "last_responses" in report:
-                from gratis.methods.decoding.self_certainty import score
-
-                worst = 0.0
-                prompts = zip(report["last_prompts"], report["last_responses"], report["self_certainty"], strict=True)
-                for prompt, responses, online in prompts:
-                    again = score(model, prompt, responses)
-                    worst = max([worst, *(abs(a - b) for a, b in zip(online, again, strict=True))])
-                return worst
+            if "self_certainty" in report:
+                online = [report["self_certainty"][0][sample] for sample in report["ranking"][0]]
+                again = score(model, prompt, responses)
+                return float(max(abs(a - b) for a, b in zip(online, again, strict=True)))
     return math.nan
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's rank correlation, ties sharing their mean rank; 0 where one of the lists is constant."""
+    from scipy.stats import spearmanr
+
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return 0.0
+    return float(spearmanr(first, second).statistic)

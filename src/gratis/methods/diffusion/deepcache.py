@@ -130,7 +130,9 @@ def power_schedule(total: int, interval: int, power: float, centre: int | None) 
     exponent = power
     while exponent > 1:
         if centre is None:
-            keys: list[int] = np.unique((np.linspace(0, total ** (1 / exponent), count + 1) ** exponent).astype(int))[:-1].tolist()
+            keys: list[int] = np.unique((np.linspace(0, total ** (1 / exponent), count + 1) ** exponent).astype(int))[
+                :-1
+            ].tolist()
         else:
             ends = complex(-centre) ** (1 / exponent), complex(total - centre) ** (1 / exponent)
             inner = np.unique(np.trunc((np.linspace(*ends, count + 1) ** exponent).real))[1:-1]
