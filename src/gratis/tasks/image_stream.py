@@ -80,13 +80,36 @@ class ImageStream(Task):
 
     def measure(self, subject: Any, *, seed: int, progress: Progress = silent) -> Measurement:
         import numpy as np
-        import torch
 
         from gratis.subjects.streams import adapted_labels, order_of
-        from gratis.subjects.vision import group_classes, normalized, read_features
 
         model, method = subject
         generator = np.random.default_rng(seed)
+        p, features, truth, kind = self.predicted(model, generator, progress)
+        order = order_of(
+            kind if self.stream == "corruptions" else truth,
+            generator,
+            runs=self.stream.startswith(("runs", "corruptions")),
+            shifted=self.stream.endswith("prior-shift"),
+        )
+        right = adapted_labels(method, p, features, order, self.batch_size) == truth[order]
+        measurement = stream_measurement(right, self.batch_size, progress)
+        measurement.details["accuracy by corruption"] = {
+            name: float(right[kind[order] == k].mean()) for k, name in enumerate(CORRUPTIONS) if k in kind[order]
+        }
+        return measurement
+
+    def predicted(self, model: Any, generator: Any, progress: Progress = silent) -> tuple[Any, Any, Any, Any]:
+        """What `model` says of fresh crops, photograph by photograph, drawn with the NumPy `generator`.
+
+        Arrays: probabilities (crops, 12), features (crops, 1280), true classes (crops,), numbers of the corruptions
+        (crops,).
+        """
+        import numpy as np
+        import torch
+
+        from gratis.subjects.vision import group_classes, normalized, read_features
+
         names = list(SUPERCLASSES)
         logits, features, labels, kinds = [], [], [], []
         for number, (file, shows) in enumerate(PHOTOGRAPHS.items()):
@@ -99,21 +122,8 @@ class ImageStream(Task):
             labels += [names.index(shows)] * self.crops
             kinds += drawn.tolist()
             progress((number + 1) / (len(PHOTOGRAPHS) + 1), f"crops of {file}")
-        truth, kind = np.asarray(labels), np.asarray(kinds)
-        order = order_of(
-            kind if self.stream == "corruptions" else truth,
-            generator,
-            runs=self.stream.startswith(("runs", "corruptions")),
-            shifted=self.stream.endswith("prior-shift"),
-        )
         p = group_classes(torch.softmax(torch.cat(logits), dim=1).numpy(), list(SUPERCLASSES.values()))
-        predicted = adapted_labels(method, p, torch.cat(features).numpy(), order, self.batch_size)
-        right = predicted == truth[order]
-        measurement = stream_measurement(right, self.batch_size, progress)
-        measurement.details["accuracy by corruption"] = {
-            name: float(right[kind[order] == k].mean()) for k, name in enumerate(CORRUPTIONS) if k in kind[order]
-        }
-        return measurement
+        return p, torch.cat(features).numpy(), np.asarray(labels), np.asarray(kinds)
 
 
 def _photograph(name: str) -> Any:

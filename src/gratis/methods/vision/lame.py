@@ -80,8 +80,8 @@ class LAME(Estimator):
             "another one is identical to it; the authors drop the first of the nearest, which may be that other one."
         ),
         limits=(
-            "On shuffled, class-balanced inputs it costs one to eight points where a batch holds fewer samples of a "
-            "class than neighbors; leave it off there, or use guard."
+            "On shuffled, class-balanced inputs it costs accuracy where a batch holds few samples of each class (one "
+            "to six points on average, seventeen at worst); leave it off there, or use guard."
         ),
         claims=(
             Claim(
@@ -135,11 +135,12 @@ class LAME(Estimator):
                 task_parameters={"stream": "runs"},
             ),
             Claim(
-                name="on the same crops shuffled, in batches too small for their classes, it costs at most twelve points",
+                name="with the guard it costs at most six points on the same crops shuffled",
                 task="image-stream",
                 metric="accuracy",
                 compare="difference",
-                at_least=-0.12,
+                at_least=-0.06,
+                parameters={"guard": True},
                 task_parameters={"stream": "iid"},
             ),
         ),
