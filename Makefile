@@ -51,9 +51,10 @@ bench: $(STAMP)  ## Side by side with peers; each prints its ratios
 	for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
 
 evidence: $(STAMP)  ## Run every claim, then the slow evidence, and regenerate the tables
-	$(BIN)/gratis verify --save
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m evidence
-	$(BIN)/python docs/generate.py
+	code=0; $(BIN)/gratis verify --save || code=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.matrix || code=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m evidence || code=$$?; \
+	$(BIN)/python docs/generate.py && exit $$code
 
 clean:  ## Remove what was made here
 	rm -rf $(VENV) build dist site .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache

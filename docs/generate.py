@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def pages() -> dict[str, str]:
     made["tasks.md"] = task_page()
     made["results.md"] = results_page()
     made["benchmarks.md"] = benchmarks_page(ROOT / "benchmarks" / "results")
+    made["architectures.md"] = architectures_page(ROOT / "docs" / "architectures.json")
     return {name: NOTICE + text.rstrip() + "\n" for name, text in made.items()}
 
 
@@ -183,6 +185,54 @@ def _benchmark(content: Any, script: str) -> list[str]:
             flat = ", ".join(f"{k} {_cell(v)}" for k, v in value.items()) if isinstance(value, dict) else _cell(value)
             parts.append(f"{words.capitalised(key.replace('_', ' '))}: {flat}")
     return [*parts, f"Repeat: `python {script}`"]
+
+
+def architectures_page(file: Path) -> str:
+    """Method by architecture: works, or the reason why it is refused."""
+    parts = ["# Architectures"]
+    if not file.exists():
+        return "\n\n".join([*parts, "Not examined yet: `python -m tests.architectures.matrix` does."])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    rows: dict[str, dict[str, dict[str, str]]] = found["architectures"]
+    names = list(next(iter(rows.values())))
+    parts.append(
+        f"Every attachable language method on each of {len(rows)} architectures of transformers "
+        f"{found['transformers']} that run as a tiny random model: it works, which means that it acts, changes nothing "
+        "at its identity parameter and leaves nothing behind, or it refuses before anything is changed, with the "
+        "reason below the table. The attention door is what methods that change attention attach to: an attention "
+        "function that passes everything on gives the same numbers, bit for bit."
+    )
+    counts = []
+    for name in names:
+        outcomes = [row[name]["outcome"] for row in rows.values()]
+        counts.append([name, *(str(outcomes.count(kind)) for kind in ("works", "refuses", "fails"))])
+    parts.append(table(("", "works", "refuses", "fails"), counts))
+    reasons: dict[str, int] = {}
+    lines = []
+    for architecture, row in rows.items():
+        cells = []
+        for name in names:
+            outcome, reason = row[name]["outcome"], _general(row[name]["reason"])
+            number = reasons.setdefault(reason, len(reasons) + 1) if reason else ""
+            cells.append(
+                "works" if outcome == "works" else f"{'refuses' if outcome == 'refuses' else '**fails**'} {number}"
+            )
+        lines.append((architecture, *cells))
+    parts.append(table(("architecture", *names), lines))
+    parts.append("\n".join(f"{number}. {reason}" for reason, number in reasons.items()))
+    parts.append("Repeat: `python -m tests.architectures.matrix`")
+    return "\n\n".join(parts)
+
+
+def _general(reason: str) -> str:
+    """A reason without the names of the method and of the model's class, so that equal reasons are one."""
+    reason = re.sub(
+        r"\b\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration|WithLMHead|Decoder|WithLMHeadModel)\b",
+        "the model",
+        reason,
+    )
+    reason = re.sub(r"\bthis the model\b", "the model", reason)
+    return re.sub(r"^(LaCache|SlidingWindow|An attention function)\b", "It", reason)
 
 
 def _rows(rows: Sequence[dict[str, Any]]) -> str:

@@ -43,7 +43,7 @@ def run(model: LlamaForCausalLM, ids: torch.Tensor | None = None, seed: int = 0)
 def snapshot(model: torch.nn.Module) -> dict:
     """Everything that a method could leave behind: weights, config, hooks, attributes of every module."""
     weights = {
-        name: hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in model.state_dict().items()
     }
     modules = {}

@@ -133,7 +133,10 @@ class BoundedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         cache = self._cache()
         assert cache is not None
-        self.keys, self.values = cache.append(self._index, key_states, value_states)
+        if cache.turns[self._index].in_values:
+            self.values, self.keys = cache.append(self._index, value_states, key_states)
+        else:
+            self.keys, self.values = cache.append(self._index, key_states, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -165,7 +168,8 @@ class BoundedCache(Cache):
         self.padded = False
         """Whether rows were padded to unequal lengths."""
         self.report = CacheReport()
-        self._eviction, self._turns, self._window = eviction, turns, window
+        self.turns = turns
+        self._eviction, self._window = eviction, window
         self._base = 0
         self._pending = 0
         self._blocks: list[_Block] = []
@@ -240,7 +244,7 @@ class BoundedCache(Cache):
             memory(keys, keys.dtype),
             memory(values, values.dtype),
             None if exact else memory(keys, torch.float32),
-            [self._turns[row] for row in rows],
+            [self.turns[row] for row in rows],
             rows,
         )
         self._blocks.append(block)
@@ -263,8 +267,9 @@ class BoundedCache(Cache):
             if self.evicted and block.keys.shape[-2] > 2 * needed:
                 self._resize(block, needed)
                 for row, layer in enumerate(block.layers):
-                    self.layers[layer].keys = block.keys[row, :, :, : self.stored]
-                    self.layers[layer].values = block.values[row, :, :, : self.stored]
+                    shown = (block.keys[row, :, :, : self.stored], block.values[row, :, :, : self.stored])
+                    turned_first = not self.turns[layer].in_values
+                    self.layers[layer].keys, self.layers[layer].values = shown if turned_first else shown[::-1]
 
     def _apply(self, chosen: Selection) -> None:
         """Keep `chosen`: a few moves in memory, then one turn of the smaller side of the gap."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class Rotation:
     """Pairs are neighbours (0, 1), (2, 3) …; otherwise the first half is paired with the second."""
     start: int
     """First rotated dimension of the head."""
+    in_values: bool = False
+    """The rotated part of the keys is what the cache keeps as values: latent attention keeps the rest as keys."""
 
     @property
     def none(self) -> bool:
@@ -94,23 +96,27 @@ def rotations(model: Any, method: str) -> list[Rotation]:
     than all keys and values (sliding windows, recurrent states).
     """
     _refuse_length_dependent(model, method)
-    here, there = _cached_keys(model, method, 0), _cached_keys(model, method, PROBE_SHIFT)
-    candidates = _candidates(model, here[0].shape[-1])
+    here, there = _cached(model, method, 0), _cached(model, method, PROBE_SHIFT)
+    candidates = {size: _candidates(model, size) for size in {part.shape[-1] for pair in here for part in pair}}
     found: list[Rotation] = []
-    shared: dict[tuple[int, bool, int], Rotation] = {}
+    shared: dict[tuple[int, bool, int, bool], Rotation] = {}
     for layer, (before, after) in enumerate(zip(here, there, strict=True)):
-        rotation = _fit(before, after, candidates)
+        rotation = _fit(before[0], after[0], candidates[before[0].shape[-1]])
+        if rotation is not None and rotation.none:
+            values = _fit(before[1], after[1], candidates[before[1].shape[-1]])
+            rotation = replace(values, in_values=True) if values is not None and not values.none else rotation
         if rotation is None:
             raise SubjectError(
                 f"{method} needs rotary positions in the cached keys; layer {layer} of this {type(model).__name__} "
                 "carries its positions in another way (learned, or mixed into the hidden states)."
             )
-        key = (id(rotation.frequencies) if not rotation.none else 0, rotation.interleaved, rotation.start)
+        frequencies = id(rotation.frequencies) if not rotation.none else 0
+        key = (frequencies, rotation.interleaved, rotation.start, rotation.in_values)
         found.append(shared.setdefault(key, rotation))
     if all(rotation.none for rotation in found):
         raise SubjectError(
-            f"{method} needs rotary positions in the cached keys; those of this {type(model).__name__} carry none "
-            "(its positions are an attention bias, or it has none)."
+            f"{method} needs cached keys that turn with position_ids; those of this {type(model).__name__} do not (it "
+            "counts positions by itself, adds them to the attention, or has none)."
         )
     return found
 
@@ -135,7 +141,8 @@ def _refuse_length_dependent(model: Any, method: str) -> None:
 
 
 @torch.no_grad()
-def _cached_keys(model: Any, method: str, position: int) -> list[Tensor]:
+def _cached(model: Any, method: str, position: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer for single tokens at `position`."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -164,7 +171,7 @@ def _cached_keys(model: Any, method: str, position: int) -> list[Tensor]:
             raise SubjectError(
                 f"{method} needs one key per token in every layer; {type(model).__name__} keeps its cache otherwise."
             )
-    return [layer.keys.float() for layer in cache.layers]
+    return [(layer.keys.float(), layer.values.float()) for layer in cache.layers]
 
 
 def _in_words(layer: str) -> str:

@@ -6,6 +6,7 @@ stopping criteria, cache, limits) is used as it was prepared.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -280,6 +281,7 @@ def _can_share(model: Any, input_ids: Tensor, generation_config: Any, model_kwar
         not model.config.is_encoder_decoder
         and input_ids.shape[0] == 1
         and input_ids.shape[1] > 1
+        and "past_key_values" in inspect.signature(model.forward).parameters
         and bool(generation_config.use_cache)
         and not generation_config.output_attentions
         and not generation_config.output_hidden_states
@@ -295,4 +297,10 @@ def can_repeat(cache: Any) -> bool:
     replicated = getattr(cache, "layer_class_to_replicate", None)
     if not cache.layers and replicated is not None and not issubclass(replicated, DynamicLayer):
         return False
-    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    if type(cache).batch_repeat_interleave is not Cache.batch_repeat_interleave:
+        return True
+    # A model's own kind of layer may keep more than the keys and values that are repeated.
+    return all(
+        type(layer).__module__ == Cache.__module__ and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in cache.layers
+    )

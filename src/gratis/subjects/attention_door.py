@@ -1,0 +1,123 @@
+"""Attaching to how a model attends, at the interface that transformers keeps for attention functions.
+
+A method's function is registered under a name of its own, with the mask function that goes with the one it stands
+before, and the model's configuration names it. Models that do not ask the interface are found by trying and refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gratis.contract.attach import Scope
+from gratis.contract.errors import SubjectError
+from gratis.subjects.language import language_model, text_config
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+"""`attend(inner, module, query, key, value, attention_mask, **kwargs)`.
+
+query: (batch, heads, length, head_dim); key and value: (batch, key heads, all, head_dim); attention_mask: what the
+implementation below gets, None where it masks by itself; kwargs: `scaling`, `dropout` and what the model adds. Returns
+the output (batch, length, heads, head_dim) and the weights or None. `inner` is the attention function that would have
+been called, with the same arguments from `module` on.
+"""
+
+PROBE_LENGTH = 7
+_numbers = itertools.count()
+_registering = threading.Lock()
+
+
+def install_attention(model: Any, method: str, attend: Attend, scope: Scope) -> None:
+    """Call `attend` wherever `model`'s text decoder attends, in the place of its attention function."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    config = text_config(model)
+    below = config._attn_implementation or "eager"
+    name = f"gratis-{method}-{next(_numbers)}"
+
+    def function(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return attend(_function_of(module, below), module, query, key, value, attention_mask, **kwargs)
+
+    with _registering:
+        scope.set_item(AttentionInterface._global_mapping, name, function)
+        masks = AttentionMaskInterface._global_mapping
+        if below in masks:
+            scope.set_item(masks, name, masks[below])
+        scope.set_attribute(config, "_attn_implementation_internal", name)
+
+
+def check_attention(subject: Any, method: str) -> list[Any]:
+    """The modules that attend through the interface, in the order in which they are called.
+
+    Tries a function that passes everything on. Raises SubjectError where the model does not call it, or where the
+    mere name of the implementation changes what the model computes.
+    """
+    model = language_model(subject, method)
+    reached: list[Any] = []
+
+    def pass_on(inner: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        reached.append(module)
+        return inner(module, *args, **kwargs)
+
+    plain = _probe(model, method)
+    scope = Scope()
+    try:
+        install_attention(model, f"{method}-probe", pass_on, scope)
+        through = _probe(model, method)
+    finally:
+        scope.close()
+    if not reached:
+        raise SubjectError(
+            f"{method} needs attention that asks transformers' attention interface; {type(model).__name__} has an "
+            "attention of its own, or none."
+        )
+    if not torch.equal(plain, through):
+        raise SubjectError(
+            f"{method} needs attention that does the same whatever its implementation is called; "
+            f"{type(model).__name__} decides by that name what it computes."
+        )
+    return reached
+
+
+def pass_through(inner: Any, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The attention function that changes nothing."""
+    result: tuple[Tensor, Tensor | None] = inner(module, *args, **kwargs)
+    return result
+
+
+def _function_of(module: Any, name: str) -> Any:
+    """The attention function called `name` in the file that defines `module`'s class: some have variants of theirs."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for kind in type(module).__mro__:
+        defined = vars(sys.modules[kind.__module__])
+        if "ALL_ATTENTION_FUNCTIONS" in defined:
+            default = defined.get("eager_attention_forward")
+            return defined["ALL_ATTENTION_FUNCTIONS"].get_interface(name, default)
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+@torch.no_grad()
+def _probe(model: Any, method: str) -> Tensor:
+    """Logits of two short rows, one of them padded on the left."""
+    size = max(int(text_config(model).vocab_size), 2)
+    tokens = torch.arange(1, 2 * PROBE_LENGTH + 1, device=model.device).remainder(size).reshape(2, PROBE_LENGTH)
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    try:
+        logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SubjectError(
+            f"{method} needs a model that reads padded text; {type(model).__name__} fails: {first}."
+        ) from error
+    return torch.nan_to_num(logits)
