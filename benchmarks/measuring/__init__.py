@@ -1,0 +1,83 @@
+"""What the benchmarks share: interleaved medians, peers in environments of their own, results with machine and date."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from gratis.subjects.folders import cache_folder
+from gratis.trials.environment import environment
+
+RESULTS = Path(__file__).parents[1] / "results"
+TORCH = "torch==2.13.0"
+
+
+def median_seconds(arms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Process CPU seconds of each arm: the median of `rounds` in which all take turns, after a warm-up."""
+    seen: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds + 1):
+        for name, run in arms.items():
+            begin = time.process_time()
+            run()
+            if number:
+                seen[name].append(time.process_time() - begin)
+    return {name: statistics.median(values) for name, values in seen.items()}
+
+
+def peer_python(name: str, *packages: str) -> Path:
+    """The interpreter of an environment with a peer's packages and torch, made at the first use (needs a network)."""
+    folder = cache_folder() / "peers" / name
+    python = folder / "bin" / "python"
+    if not (folder / ".complete").exists():
+        print(f"making an environment for {name} in {folder}", file=sys.stderr)
+        venv.create(folder, with_pip=True, clear=folder.exists())
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", TORCH, *packages]
+        subprocess.run(install, check=True)
+        (folder / ".complete").touch()
+    return python
+
+
+def run_apart(python: Path | str, script: Path | str, *arguments: Any, **settings: str) -> dict[str, Any]:
+    """What a script prints last, as JSON, run with one thread in a process of its own. Raises where it fails."""
+    around = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **settings,
+    }
+    command = [str(python), str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=around)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Key by key the median of several runs' numbers; what is no number is the last run's."""
+    return {
+        key: statistics.median(row[key] for row in rows) if isinstance(value, (int, float)) else value
+        for key, value in rows[-1].items()
+    }
+
+
+def store(name: str, content: dict[str, Any]) -> Path:
+    """Write benchmarks/results/NAME.json with the machine and the date, and show it."""
+    around = environment()
+    machine = {key: around[key] for key in ("processor", "cores", "memory_gb", "system", "python") if key in around}
+    found = {"date": date.today().isoformat(), "machine": machine, "versions": around.get("versions", {}), **content}
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(content, indent=1))
+    return path
