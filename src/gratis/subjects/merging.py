@@ -6,6 +6,7 @@ at their place in an output that was laid out in advance. The output appears und
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import os
@@ -218,7 +219,7 @@ def _check_same_kind(one: Any, other: Any) -> None:
         a, b = one.config().get(key), other.config().get(key)
         if a is not None and b is not None and a != b:
             raise InputError(f"{one.path} and {other.path} are different models: {key} is {a} and {b}.")
-    if isinstance(one, Checkpoint) and isinstance(other, Checkpoint):
+    if isinstance(one, Checkpoint) and isinstance(other, Checkpoint) and not _same_tokenizer_file(one, other):
         a, b = _vocabulary(one), _vocabulary(other)
         if a is not None and b is not None and a != b:
             differing = sum(1 for token in a.keys() | b.keys() if a.get(token) != b.get(token))
@@ -226,6 +227,11 @@ def _check_same_kind(one: Any, other: Any) -> None:
                 f"{one.path} and {other.path} have different tokenizers ({differing:,} tokens differ), so rows of "
                 "their embeddings do not mean the same."
             )
+
+
+def _same_tokenizer_file(one: Checkpoint, other: Checkpoint) -> bool:
+    files = [checkpoint.folder / "tokenizer.json" for checkpoint in (one, other)]
+    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
@@ -477,6 +483,8 @@ def merge_recipe(
         content = yaml.safe_load(text)
     except OSError as error:
         raise FileError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise FileError(f"The recipe {path} is not UTF-8 text.") from error
     except yaml.YAMLError as error:
         raise FileError(f"The recipe {path} is not safe YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

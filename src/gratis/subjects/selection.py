@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SAMPLE_BLOCKS = 256
@@ -22,7 +25,7 @@ class Stretch:
 
 
 Magnitudes = Callable[[Stretch], Tensor]
-Run = Callable[[Callable[[Stretch], object], Sequence[Stretch]], Iterable[object]]
+Run = Callable[[Callable[[Stretch], Any], Sequence[Stretch]], Iterable[Any]]
 """Applies a function to stretches, perhaps in several threads, and yields the results in order."""
 
 
@@ -45,17 +48,19 @@ def largest(stretches: Sequence[Stretch], keep: int, magnitudes: Magnitudes, run
     rank = total - keep
     low, high = _bracket(stretches, rank / max(total - 1, 1), magnitudes)
 
-    def survey(stretch: Stretch) -> tuple[int, int, int, Tensor]:
-        values = magnitudes(stretch)
-        below, above = int((values < low).sum()), int((values > high).sum())
-        inside = values[(values > low) & (values < high)]
-        return below, above, int((values == high).sum()) if high != low else 0, inside
+    def survey(stretch: Stretch) -> tuple[int, int, int, NDArray[np.float32]]:
+        # Comparisons of whole stretches are several times quicker in numpy than in torch.
+        values = magnitudes(stretch).numpy()
+        below, above = np.count_nonzero(values < low), np.count_nonzero(values > high)
+        at_high = np.count_nonzero(values == high) if high != low else 0
+        return below, above, at_high, np.compress((values > low) & (values < high), values)
 
-    found = list(run(survey, stretches))
-    below = sum(f[0] for f in found)  # type: ignore[index]
-    above = sum(f[1] for f in found)  # type: ignore[index]
-    at_high = sum(f[2] for f in found)  # type: ignore[index]
-    inside = torch.cat([f[3] for f in found])  # type: ignore[index]
+    below = above = at_high = 0
+    pieces: list[NDArray[np.float32]] = []
+    for found in run(survey, stretches):
+        below, above, at_high = below + found[0], above + found[1], at_high + found[2]
+        pieces.append(found[3])
+    inside = np.concatenate(pieces)
     at_low = total - below - above - at_high - len(inside)
     if rank < below or rank >= total - above:
         return _by_bits(stretches, rank, total, magnitudes, run)
@@ -64,10 +69,11 @@ def largest(stretches: Sequence[Stretch], keep: int, magnitudes: Magnitudes, run
         return Kept(low, keep - greater, keep - greater == at_low)
     if rank >= below + at_low + len(inside):
         return Kept(high, keep - above, keep - above == at_high)
-    threshold = float(inside.kthvalue(rank - below - at_low + 1).values)
-    equal = int((inside == threshold).sum())
-    greater = above + at_high + int((inside > threshold).sum())
-    return Kept(threshold, keep - greater, keep - greater == equal)
+    place = rank - below - at_low
+    threshold = np.partition(inside, place)[place]
+    equal = np.count_nonzero(inside == threshold)
+    greater = above + at_high + np.count_nonzero(inside > threshold)
+    return Kept(float(threshold), keep - greater, keep - greater == equal)
 
 
 def _bracket(stretches: Sequence[Stretch], share: float, magnitudes: Magnitudes) -> tuple[float, float]:
@@ -82,7 +88,7 @@ def _bracket(stretches: Sequence[Stretch], share: float, magnitudes: Magnitudes)
             wanted += step
         passed += stretch.count
     sample = torch.cat(pieces).sort().values
-    margin = 0.02 if len(sample) > 10_000 else 0.1
+    margin = 0.01 if len(sample) > 100_000 else 0.02 if len(sample) > 10_000 else 0.1
     last = len(sample) - 1
     low = sample[max(int((share - margin) * last), 0)] if share > margin else torch.tensor(0.0)
     high = sample[min(int((share + margin) * last) + 1, last)]
@@ -95,7 +101,9 @@ def _by_bits(stretches: Sequence[Stretch], rank: int, total: int, magnitudes: Ma
     def upper(stretch: Stretch) -> Tensor:
         return torch.bincount(magnitudes(stretch).view(torch.int32) >> 16, minlength=32768)
 
-    counts = torch.stack(list(run(upper, stretches))).sum(0)  # type: ignore[arg-type]
+    counts = torch.zeros(32768, dtype=torch.long)
+    for found in run(upper, stretches):
+        counts += found
     ends = counts.cumsum(0)
     prefix = int((ends <= rank).sum())
     before = int(ends[prefix - 1]) if prefix else 0
@@ -104,7 +112,9 @@ def _by_bits(stretches: Sequence[Stretch], rank: int, total: int, magnitudes: Ma
         bits = magnitudes(stretch).view(torch.int32)
         return torch.bincount(bits[(bits >> 16) == prefix] & 0xFFFF, minlength=65536)
 
-    fine = torch.stack(list(run(lower, stretches))).sum(0)  # type: ignore[arg-type]
+    fine = torch.zeros(65536, dtype=torch.long)
+    for found in run(lower, stretches):
+        fine += found
     ends = fine.cumsum(0)
     suffix = int((ends <= rank - before).sum())
     threshold = torch.tensor((prefix << 16) | suffix, dtype=torch.int32).view(torch.float32)
@@ -117,7 +127,7 @@ def last_tie(stretches: Sequence[Stretch], kept: Kept, magnitudes: Magnitudes) -
     """(stretch number, flat index) of the last entry equal to the threshold that is kept, in the stream's order."""
     left = kept.ties
     for number, stretch in enumerate(stretches):
-        tied = (magnitudes(stretch) == kept.magnitude).nonzero()[:, 0]
+        tied = np.flatnonzero(magnitudes(stretch).numpy() == np.float32(kept.magnitude))
         if left <= len(tied):
             return number, stretch.start + int(tied[left - 1])
         left -= len(tied)

@@ -445,3 +445,9 @@ def test_the_kth_magnitude_is_exact(kind, share):
         assert found.magnitude == float(ordered[keep - 1])
         assert found.ties == keep - int((values > found.magnitude).sum())
         assert found.all_ties == (found.ties == int((values == found.magnitude).sum()))
+
+
+def test_a_recipe_that_is_no_text(saved):
+    (saved / "recipe.yaml").write_bytes(b"method: \xff\xfe")
+    with pytest.raises(FileError, match="not UTF-8"):
+        merge_recipe(saved / "recipe.yaml", saved / "out")

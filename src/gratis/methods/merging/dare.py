@@ -80,5 +80,5 @@ def drop(delta: Tensor, density: float, seed: int, model: int, part: MergePart) 
         block = (part.start + begin) // BLOCK
         bits = np.random.Philox(key=[low, high], counter=[0, block, 0, 0]).random_raw((len(piece) + 1) // 2)
         keep = bits.view(np.uint32)[: len(piece)] < threshold
-        piece.mul_(torch.from_numpy(keep))
+        piece.mul_(torch.from_numpy(keep.astype(np.float32)))
     delta.mul_(2**32 / threshold)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,12 +87,12 @@ class Negative(TIES):
 
 def trim(delta: Tensor, cutoff: Cutoff, start: int) -> None:
     """Zero the entries of `delta` (a stretch from flat index `start` on) that are below the cutoff, in place."""
-    magnitude = delta.abs()
-    keep = magnitude >= cutoff.magnitude
-    if start + len(delta) > cutoff.last + 1:
-        tied = (magnitude[max(cutoff.last + 1 - start, 0) :] == cutoff.magnitude).nonzero()[:, 0]
-        keep[tied + max(cutoff.last + 1 - start, 0)] = False
-    delta.mul_(keep)
+    first_dropped = max(cutoff.last + 1 - start, 0)
+    if first_dropped < len(delta):
+        later = delta[first_dropped:]
+        later.masked_fill_(later.abs() == cutoff.magnitude, 0.0)
+    just_below = np.nextafter(np.float32(cutoff.magnitude), np.float32(-1))
+    torch.hardshrink(delta, float(just_below), out=delta)
 
 
 def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_sums: str) -> Tensor:
@@ -107,23 +108,21 @@ def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_
     total = torch.add(deltas[0], deltas[1]) if len(deltas) > 1 else deltas[0].clone()
     for delta in deltas[2:]:
         total.add_(delta)
-    cancelled = total == 0
-    nonzero = deltas[0] != 0
-    for delta in deltas[1:]:
-        nonzero |= delta != 0
-    cancelled &= nonzero
-    if zero_sums == "majority":
-        signs = int((total > 0).sum()) - int((total < 0).sum())
-        part.totals["signs"] = part.totals.get("signs", 0.0) + signs
-    if bool(cancelled.any()):
-        part.revise = True
-        total.masked_fill_(cancelled, -1.0 if zero_sums == "negative" else 1.0)
-    up = total > 0
-    count = torch.zeros_like(total)
-    merged = torch.zeros_like(total)
+    signs = torch.sign(total)
+    undecided = total if zero_sums == "majority" else None
+    if undecided is not None:
+        part.totals["signs"] = part.totals.get("signs", 0.0) + signs.sum().item()
+    # Signs of 0 become up or down. All in floats: masks of truth values are several times slower.
+    signs.mul_(2.0).add_(-1.0 if zero_sums == "negative" else 1.0).clamp_(-1.0, 1.0)
+    merged, count = torch.zeros_like(total), torch.zeros_like(total)
     for delta, weight in zip(deltas, weights, strict=True):
-        # What points the other way becomes 0: negative parts where the sign is up, positive ones where it is down.
-        agreeing = torch.where(up, delta.clamp_min(0), delta.clamp_max(0))
+        agreeing = delta.mul_(signs).relu_()
         merged.add_(agreeing)
-        count.add_(agreeing != 0, alpha=abs(weight) if divisor == "weight" else 1)
-    return merged.div_(count.masked_fill_(count == 0, 1.0))
+        count.add_(agreeing.sign_(), alpha=abs(weight) if divisor == "weight" else 1)
+    if undecided is not None and bool(((undecided == 0) & (count > 0)).any()):
+        part.revise = True
+    if divisor == "weight":
+        count.masked_fill_(count == 0, 1.0)
+    else:
+        count.clamp_min_(1.0)
+    return merged.mul_(signs).div_(count)
