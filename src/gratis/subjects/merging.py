@@ -230,8 +230,8 @@ def _check_same_kind(one: Any, other: Any) -> None:
 
 
 def _same_tokenizer_file(one: Checkpoint, other: Checkpoint) -> bool:
-    files = [checkpoint.folder / "tokenizer.json" for checkpoint in (one, other)]
-    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
+    first, second = one.folder / "tokenizer.json", other.folder / "tokenizer.json"
+    return first.is_file() and second.is_file() and filecmp.cmp(first, second, shallow=False)
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:

@@ -51,8 +51,8 @@ def largest(stretches: Sequence[Stretch], keep: int, magnitudes: Magnitudes, run
     def survey(stretch: Stretch) -> tuple[int, int, int, NDArray[np.float32]]:
         # Comparisons of whole stretches are several times quicker in numpy than in torch.
         values = magnitudes(stretch).numpy()
-        below, above = np.count_nonzero(values < low), np.count_nonzero(values > high)
-        at_high = np.count_nonzero(values == high) if high != low else 0
+        below, above = int(np.count_nonzero(values < low)), int(np.count_nonzero(values > high))
+        at_high = int(np.count_nonzero(values == high)) if high != low else 0
         return below, above, at_high, np.compress((values > low) & (values < high), values)
 
     below = above = at_high = 0
@@ -71,8 +71,8 @@ def largest(stretches: Sequence[Stretch], keep: int, magnitudes: Magnitudes, run
         return Kept(high, keep - above, keep - above == at_high)
     place = rank - below - at_low
     threshold = np.partition(inside, place)[place]
-    equal = np.count_nonzero(inside == threshold)
-    greater = above + at_high + np.count_nonzero(inside > threshold)
+    equal = int(np.count_nonzero(inside == threshold))
+    greater = above + at_high + int(np.count_nonzero(inside > threshold))
     return Kept(float(threshold), keep - greater, keep - greater == equal)
 
 
