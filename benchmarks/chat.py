@@ -63,7 +63,7 @@ def main() -> None:
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     first = next(iter(arms))
     with tempfile.TemporaryDirectory() as folder:
-        chat = gratis.Chat(model, cache=f"{folder}/answers.db")
+        chat = gratis.Chat(lambda messages, **parameters: "yes", cache=f"{folder}/answers.db")
         chat(asked)
         begin = time.perf_counter()
         chat(asked)
