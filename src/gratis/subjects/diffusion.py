@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ def unet_of(subject: Any, method: str) -> Any:
                 f"{method} acts on U-Nets; {type(subject).__name__} has none (for diffusion transformers, diffusers has "
                 "caches of its own: enable_cache)."
             )
-    if type(unet).__name__ == "OptimizedModule":
+    if type(unet).__name__ == "OptimizedModule" or getattr(unet, "_compiled_call_impl", None) is not None:
         raise SubjectError(f"{method} must be attached before the U-Net is compiled: attach first, then torch.compile.")
     if not isinstance(unet, ModelMixin):
         raise SubjectError(f"{method} acts on a diffusers pipeline with a U-Net, not on a {type(subject).__name__}.")
@@ -150,7 +150,8 @@ class CallCounter:
 
     A generation starts at the first call, when the scheduler sets its timesteps, when the timestep rises, or when
     shape, dtype or device change. Calls between two scheduler steps are different contexts (conditional and
-    unconditional). Calls are counted, because schedulers such as PNDM and Heun visit a timestep more than once.
+    unconditional); without a pipeline, so are calls that differ from the last in their condition only. Calls are
+    counted, because schedulers such as PNDM and Heun visit a timestep more than once.
     """
 
     def __init__(self, pipeline: Any, scope: Scope) -> None:
@@ -161,17 +162,35 @@ class CallCounter:
         self._fresh = True
         self._in_step = 0
         self._counts: dict[int, int] = {}
+        self._sample: torch.Tensor | None = None
+        self._condition: tuple[Any, ...] = ()
         self.generation = 0
         self._watch_scheduler()
+        scope.defer(self._forget)
 
     @property
     def total(self) -> int | None:
-        """U-Net calls per context in this generation, where the pipeline's scheduler tells."""
+        """U-Net calls per context in this generation, where the pipeline or its scheduler tells."""
+        # A pipeline that starts from a picture visits only the last of its scheduler's timesteps.
+        visited = getattr(self._pipeline, "num_timesteps", None)
+        if isinstance(visited, int):
+            return visited
         timesteps = getattr(getattr(self._pipeline, "scheduler", None), "timesteps", None)
         return len(timesteps) if timesteps is not None else None
 
-    def next(self, sample: torch.Tensor, timestep: Any) -> tuple[int, int, bool]:
-        """(context, call index within the generation, whether a generation starts) of the call that begins now."""
+    @property
+    def noisy(self) -> str | None:
+        """The scheduler's class, where it adds fresh noise at every step."""
+        scheduler = getattr(self._pipeline, "scheduler", None)
+        name = type(scheduler).__name__
+        algorithm = str(getattr(getattr(scheduler, "config", None), "algorithm_type", ""))
+        return name if "SDE" in name or "Ancestral" in name or algorithm.startswith("sde") else None
+
+    def next(self, sample: torch.Tensor, timestep: Any, condition: tuple[Any, ...] = ()) -> tuple[int, int, bool]:
+        """(context, call index within the generation, whether a generation starts) of the call that begins now.
+
+        `condition` is what else the call was given.
+        """
         self._watch_scheduler()
         # Read once per call; on an accelerator this waits for the timestep only, which pipelines keep on the host
         # or have just computed.
@@ -182,12 +201,25 @@ class CallCounter:
             self.generation += 1
             self._counts.clear()
             self._in_step = 0
+        elif not self._schedulers and not self._other_condition(value, sample, condition):
+            self._in_step = 0
         self._fresh, self._signature, self._timestep = False, signature, value
-        context = self._in_step if self._schedulers else 0
+        if not self._schedulers:
+            self._sample, self._condition = sample.detach(), condition
+        context = self._in_step
         self._in_step += 1
         index = self._counts.get(context, 0)
         self._counts[context] = index + 1
         return context, index, starts
+
+    def _forget(self) -> None:
+        self._sample, self._condition = None, ()
+
+    def _other_condition(self, timestep: float, sample: torch.Tensor, condition: tuple[Any, ...]) -> bool:
+        """Whether a call repeats the last one's timestep and sample under another condition."""
+        if timestep != self._timestep or self._sample is None or not torch.equal(sample, self._sample):
+            return False
+        return not _same(condition, self._condition)
 
     def _watch_scheduler(self) -> None:
         scheduler = getattr(self._pipeline, "scheduler", None)
@@ -209,3 +241,14 @@ class CallCounter:
 
         self._scope.set_attribute(scheduler, "step", counted_step)
         self._scope.set_attribute(scheduler, "set_timesteps", fresh_timesteps)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two conditions hold the same values."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b)

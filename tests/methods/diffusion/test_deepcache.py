@@ -3,10 +3,18 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, PNDMScheduler, UNet2DModel
+from diffusers import (
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
 
 import gratis
 from gratis.contract.errors import ParameterError, SubjectError
@@ -80,6 +88,57 @@ def test_unconditional_unet(skip):
             assert torch.equal(unet(x, 10).sample, plain)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [0, 2, 5])
+def test_video_unets(skip):
+    torch.manual_seed(0)
+    motion = UNetMotionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=2, norm_num_groups=8, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), num_attention_heads=2,
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), motion_num_attention_heads=2,
+    ).eval()  # fmt: skip
+    temporal = UNetSpatioTemporalConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=2,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), cross_attention_dim=16,
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), num_attention_heads=(2, 2),
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=24, num_frames=2,
+    ).eval()  # fmt: skip
+    inputs = {
+        motion: (torch.randn(1, 4, 2, 8, 8), 500, torch.randn(2, 7, 16)),
+        temporal: (torch.randn(1, 2, 4, 8, 8), 500, torch.randn(1, 1, 16), torch.zeros(1, 3)),
+    }
+    for unet, given in inputs.items():
+        plain = unet(*given).sample
+        with gratis.attach(unet, gratis.DeepCache(interval=2, skip=skip)) as handle:
+            assert torch.equal(unet(*given).sample, plain)
+            assert torch.equal(unet(*given).sample, plain)
+            assert handle.report()["deepcache"]["shallow_calls"] == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    unet = tiny.tiny_unet().to(dtype)
+    x, text = torch.randn(1, 4, 16, 16, dtype=dtype), torch.randn(1, 7, 16, dtype=dtype)
+    plain = unet(x, 500, text).sample
+    with gratis.attach(unet, gratis.DeepCache(interval=2, skip=1)):
+        for _ in range(2):
+            assert torch.equal(unet(x, 500, text).sample, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [0, 3, 5])
+def test_free_u_writes_into_hidden_states(skip):
+    unet = tiny.tiny_unet()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 7, 16)
+    plain = unet(x, 500, text).sample
+    with gratis.attach(unet, gratis.DeepCache(interval=2, skip=skip)) as handle:
+        for _ in range(2):
+            assert torch.equal(unet(x, 500, text).sample, plain)
+        assert handle.report()["deepcache"]["shallow_calls"] == 1
+
+
 def counted(unet, skip):
     """How often each module ran in the second of two calls."""
     ran = []
@@ -144,6 +203,47 @@ def test_every_generation_starts_whole_and_equals_a_fresh_one():
     assert torch.equal(first, again)
 
 
+def test_a_power_schedule_counts_the_steps_that_a_picture_start_leaves():
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    made = StableDiffusionImg2ImgPipeline(**tiny.tiny_pipeline().components, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    options = {
+        "prompt_embeds": torch.randn(1, 7, 16), "negative_prompt_embeds": torch.randn(1, 7, 16),
+        "image": torch.rand(1, 3, 32, 32), "num_inference_steps": 50, "strength": 0.5, "output_type": "latent",
+    }  # fmt: skip
+    with gratis.attach(made, gratis.DeepCache(schedule="power", interval=5, centre=8)) as handle:
+        for _ in range(2):
+            made(**options, generator=torch.Generator().manual_seed(0))
+        report = handle.report()["deepcache"]
+    assert (report["calls"], report["whole_calls"], report["generations"]) == (50, 10, 2)
+
+
+def test_few_steps_and_fresh_noise_are_warned_of_once():
+    pipeline = tiny.tiny_pipeline()
+    with gratis.attach(pipeline, gratis.DeepCache(interval=2)):
+        with pytest.warns(UserWarning, match="6 calls of the U-Net are few"):
+            tiny.run(pipeline)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            tiny.run(pipeline)
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+    with gratis.attach(pipeline, gratis.DeepCache(interval=2)), pytest.warns(UserWarning, match="EulerAncestral"):
+        tiny.run(pipeline, steps=20, generator=torch.Generator().manual_seed(0))
+    with gratis.attach(pipeline, gratis.DeepCache(interval=1)), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tiny.run(pipeline)
+
+
+def test_a_compiled_unet_is_refused():
+    unet = tiny.tiny_unet()
+    unet.compile()
+    with pytest.raises(SubjectError, match="before the U-Net is compiled"):
+        gratis.attach(unet, gratis.DeepCache())
+    with pytest.raises(SubjectError, match="DataParallel"):
+        gratis.attach(torch.nn.DataParallel(tiny.tiny_unet()), gratis.DeepCache())
+
+
 def test_an_exception_in_the_loop_leaves_the_next_generation_whole():
     pipeline = tiny.tiny_pipeline()
     plain = tiny.run(pipeline)
@@ -173,6 +273,31 @@ def test_conditional_and_unconditional_calls_of_one_step_do_not_share():
         pipeline.scheduler.step(x, pipeline.scheduler.timesteps[0], x)
         assert torch.equal(pipeline.unet(x, 500, a).sample, plain[0])
         assert torch.equal(pipeline.unet(x, 500, b).sample, plain[1])
+        assert handle.report()["deepcache"]["shallow_calls"] == 2
+
+
+@torch.no_grad()
+def test_conditions_of_one_step_do_not_share_on_a_bare_unet():
+    unet = tiny.tiny_unet()
+    x = torch.randn(1, 4, 16, 16)
+    a, b = torch.randn(1, 7, 16), torch.randn(1, 7, 16)
+    plain = {(t, c): unet(x, t, text).sample for t in (500, 400) for c, text in enumerate((a, b))}
+    with gratis.attach(unet, gratis.DeepCache(interval=2)) as handle:
+        for c, text in enumerate((a, b)):
+            assert torch.equal(unet(x.clone(), 500, encoder_hidden_states=text).sample, plain[500, c])
+        caches = handle.report()["deepcache"]["peak_cache_bytes"]
+        assert caches == 2 * 16 * 16 * 16 * 4
+        shallow = [unet(x, 400, encoder_hidden_states=text).sample for text in (a, b)]
+        assert handle.report()["deepcache"]["shallow_calls"] == 2
+    with gratis.attach(unet, gratis.DeepCache(interval=2)):
+        for out, text in zip(shallow, (a, b), strict=True):
+            unet(x, 500, text)
+            assert torch.equal(unet(x, 400, text).sample, out)
+    # A sampler's second evaluation at one timestep has another sample, and is the next call of the same condition.
+    with gratis.attach(unet, gratis.DeepCache(interval=2)) as handle:
+        for sample in (x, x + 0.1):
+            for text in (a, b):
+                unet(sample, 500, text)
         assert handle.report()["deepcache"]["shallow_calls"] == 2
 
 

@@ -6,6 +6,7 @@ X. Ma, G. Fang and X. Wang, "DeepCache: Accelerating Diffusion Models for Free",
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +19,12 @@ from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
 from gratis.subjects.diffusion import CallCounter, ReplacedForward, UNetLayers, unet_layers, unet_of
+
+FEW_CALLS = 20
+"""Below as many calls per generation, neighbouring ones are too different to share features."""
+
+ENTRY_NAMES = ("input_tensor", "hidden_states")
+"""What diffusers' residual layers call their input."""
 
 
 class DeepCache(Attachable):
@@ -155,7 +162,10 @@ class _Sampling:
         self.skip_channels = 0
         self.context = 0
         self.whole = True
+        self.writable = False
+        """Whether blocks write into the hidden state in place, as diffusers' FreeU does."""
         self._keys: frozenset[int] = frozenset()
+        self._warned: set[str] = set()
         self._calls = self._whole = self._peak = 0
 
     def begin(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -163,13 +173,15 @@ class _Sampling:
             raise InputError(
                 "DeepCache reuses features without their gradients: call unet.eval(), or use torch.no_grad()."
             )
-        sample = kwargs["sample"] if "sample" in kwargs else args[0]
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self.context, index, starts = self._counter.next(sample, timestep)
+        inputs = {**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs}
+        condition = (*args[2:], *(kwargs[name] for name in sorted(kwargs) if name not in ("sample", "timestep")))
+        self.context, index, starts = self._counter.next(inputs["sample"], inputs["timestep"], condition)
+        self.writable = any(getattr(block, "s1", None) for block in unet.up_blocks)
         if starts:
             self.kept.clear()
             self.outputs.clear()
             self._keys = self._key_set()
+            self._warn()
         uniform = self._method.schedule == "uniform"
         is_key = index % self._method.interval == 0 if uniform else index in self._keys
         self.whole = is_key or self.context not in self.kept
@@ -183,6 +195,27 @@ class _Sampling:
         if total is None and self._method.schedule == "power":
             raise InputError("DeepCache: a power schedule needs steps, the calls per generation.")
         return frozenset(self._method.key_calls(total or 0))
+
+    def _warn(self) -> None:
+        """Say once where neighbouring calls are too different for reuse."""
+        if self._method.interval == 1 and self._method.schedule != "explicit":
+            return
+        total, noisy = self._counter.total, self._counter.noisy
+        if total is not None and total < FEW_CALLS:
+            self._warn_once(
+                f"DeepCache: {total} calls of the U-Net are few; below {FEW_CALLS}, neighbours differ and the picture "
+                "changes visibly."
+            )
+        if noisy is not None:
+            self._warn_once(
+                f"DeepCache: {noisy} adds fresh noise at every step, so neighbours differ and the picture changes "
+                "visibly; prefer a deterministic sampler."
+            )
+
+    def _warn_once(self, words: str) -> None:
+        if words not in self._warned:
+            self._warned.add(words)
+            warnings.warn(words, stacklevel=2)
 
     def keep(self, hidden: torch.Tensor) -> None:
         self.kept[self.context] = hidden.detach().clone()
@@ -216,14 +249,14 @@ def _replace_layers(layers: UNetLayers, skip: int, sampling: _Sampling, scope: S
         return out
 
     def enter(forward: Any, args: Any, kwargs: Any) -> Any:
-        # The input is hidden state and skip tensor, concatenated along the channels.
-        joined, rest = args[0], args[1:]
+        # The input is hidden state and skip tensor, concatenated along the channels; video U-Nets pass it by name.
+        joined = args[0] if args else kwargs[name := next(n for n in ENTRY_NAMES if n in kwargs)]
         channels = joined.shape[1] - sampling.skip_channels
         if sampling.whole:
             sampling.keep(joined[:, :channels])
         else:
             joined = torch.cat([sampling.kept[sampling.context], joined[:, channels:]], dim=1)
-        return forward(joined, *rest, **kwargs)
+        return forward(joined, *args[1:], **kwargs) if args else forward(**{**kwargs, name: joined})
 
     ReplacedForward(layers.down[skip].modules[-1], "DeepCache", measure_skip, scope)
     ReplacedForward(layers.up[entry].first, "DeepCache", enter, scope)
@@ -241,6 +274,8 @@ def _placeholder(number: int, sampling: _Sampling) -> Callable[..., Any]:
             return out
         shape, dtype, device, packed = sampling.outputs[key]
         empty = torch.zeros(1, dtype=dtype, device=device).expand(shape)
+        if sampling.writable:
+            empty = empty.clone()
         return (empty,) if packed else empty
 
     return act
