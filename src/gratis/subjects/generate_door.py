@@ -12,7 +12,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,15 @@ class Choice:
 Choose = Callable[[Samples], Choice]
 
 
+class Loop(Protocol):
+    """What decodes one prompt inside the model's own generate."""
+
+    @property
+    def run(self) -> Callable[..., Samples]:
+        """The responses, from what transformers hands to a decoding loop; the streamer has had the prompt already."""
+        ...
+
+
 def check_generates(subject: Any, method: str) -> Any:
     """`subject`, if it is a transformers model in evaluation mode that generates text. Raises SubjectError."""
     from transformers import PreTrainedModel
@@ -58,11 +67,14 @@ def install_choice(
     sampling: Mapping[str, Any],
     choose: Choose,
     recorder: Callable[[], Recorder] | None = None,
+    loop: Callable[[list[int], bool], Loop] | None = None,
 ) -> Callable[[], dict[str, Any]]:
     """Make `model.generate` draw `samples` responses per prompt and return the one that `choose` ranks first.
 
     `sampling` says how tokens are drawn (temperature, top_p, top_k) where the call itself does not; `recorder` makes
     what measures the raw logits of every step. With num_return_sequences=k the call returns the k that rank first.
+    `loop(seeds, greedy)` makes what decodes a prompt in the place of plain sampling; `greedy` is whether the call asked
+    for no sampling.
     Returns a function that reports: totals over all calls, and what was seen and decided in the last one.
     """
     inner = model.generate
@@ -76,16 +88,25 @@ def install_choice(
     def generate(*args: Any, **kwargs: Any) -> Any:
         call = _flat(signature, args, kwargs)
         keep = _returned(model, call, method, samples)
+        greedy, streamer = _asked(call) is False, call.pop("streamer", None)
         call = {**call, **_drawing(call, sampling), "num_return_sequences": 1}
         _take_stop_strings(call)
         drawn: list[Samples] = []
         choices: list[Choice] = []
         prompts = split_prompts(model, call, method)
+        if streamer is not None and len(prompts) > 1:
+            raise InputError(f"{method} decodes one prompt after another: pass one prompt, or leave out the streamer.")
         for row, seeds in zip(prompts, _seeds(prompts, samples), strict=True):
-            loop = SamplingLoop(seeds, recorder() if recorder is not None else None)
+            if loop is not None:
+                decoding = loop(seeds, greedy)
+            else:
+                decoding = SamplingLoop(seeds, recorder() if recorder is not None else None)
 
-            def decode(model: Any, input_ids: Any, *, loop: SamplingLoop = loop, **prepared: Any) -> Samples:
-                return loop.run(model, input_ids, **prepared)
+            def decode(model: Any, input_ids: Any, *, decoding: Loop = decoding, **prepared: Any) -> Samples:
+                # A loop of one's own is not given the streamer that generate was called with.
+                if streamer is not None:
+                    streamer.put(input_ids.cpu())
+                return decoding.run(model, input_ids, streamer=streamer, **prepared)
 
             drawn.append(inner(**row, custom_generate=decode))
             choices.append(choose(drawn[-1]))
@@ -140,10 +161,14 @@ def _returned(model: Any, call: Mapping[str, Any], method: str, samples: int) ->
     return keep
 
 
+def _asked(call: Mapping[str, Any]) -> Any:
+    """Whether the call says to sample or not to; None where it says neither."""
+    return call.get("do_sample", getattr(call.get("generation_config"), "do_sample", None))
+
+
 def _drawing(call: Mapping[str, Any], sampling: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that make the call sample: its own where it says how to, else the method's."""
-    given = call.get("generation_config")
-    asked = call.get("do_sample", getattr(given, "do_sample", None))
+    given, asked = call.get("generation_config"), _asked(call)
     named = {name for name in SAMPLING_ARGUMENTS if name in call}
     if asked is False:
         return {**dict.fromkeys(named), **sampling, "do_sample": True}
@@ -231,7 +256,7 @@ def _count(totals: Counter[str], drawn: Sequence[Samples]) -> None:
     totals["prompts"] += len(drawn)
     for samples in drawn:
         totals["samples"] += len(samples.lengths)
-        totals["generated_tokens"] += sum(samples.lengths)
+        totals["generated_tokens"] += sum(samples.lengths) + samples.discarded
         totals["forward_passes"] += samples.passes
         totals["prompt_tokens_encoded"] += samples.encoded
         totals["truncated"] += sum(samples.truncated)

@@ -43,6 +43,10 @@ class Samples:
     """Prompt tokens that went through the model, over all samples."""
     pad: int | None
     """Token that fills the place after a response."""
+    discarded: int = 0
+    """Tokens that were drawn beside the responses, in trials that were not kept."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Plain values that the loop reports about these samples."""
 
     @property
     def sequences(self) -> Tensor:
@@ -128,10 +132,15 @@ class _Draw(LogitsProcessor):
             self.kept.append(scores)
         if not self._generators:
             self._generators = [torch.Generator(device=scores.device).manual_seed(seed) for seed in self._seeds]
-        noise = torch.empty_like(scores)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+        return perturbed(scores, self._generators)
+
+
+def perturbed(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Scores (rows, vocabulary) plus Gumbel noise, a generator per row: the largest is a sample of softmax(scores)."""
+    noise = torch.empty_like(scores)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return scores - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
 
 
 class _Ends(StoppingCriteriaList):
@@ -194,6 +203,7 @@ class SamplingLoop:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
+        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Samples:
         """Draw the samples. The arguments are those that transformers hands to a decoding loop."""
@@ -210,6 +220,7 @@ class SamplingLoop:
             logits_processor=LogitsProcessorList([*first, *logits_processor, draw]),
             stopping_criteria=ends,
             generation_config=generation_config,
+            streamer=streamer,
             **model_kwargs,
         )
         sequences = output if isinstance(output, Tensor) else output.sequences
