@@ -15,7 +15,10 @@ from tests.architectures.building import build
 def test_every_attending_module_is_found_in_order():
     model = tiny.tiny_language_model()
     found = check_attention(model, "Method")
-    assert found == [layer.self_attn for layer in model.model.layers]
+    assert [one.module for one in found] == [layer.self_attn for layer in model.model.layers]
+    assert {one.heads for one in found} == {4}
+    assert not any(one.local for one in found)
+    assert [one.local for one in check_attention(build("gemma2"), "Method")] == [True, False]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -10,6 +10,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +29,22 @@ the output (batch, length, heads, head_dim) and the weights or None. `inner` is 
 been called, with the same arguments from `module` on.
 """
 
+
+@dataclass(frozen=True)
+class Reached:
+    """A module that attends through the interface."""
+
+    module: Any
+    heads: int
+    """Query heads."""
+    local: bool
+    """Whether it sees a window or chunk of the text only."""
+
+
 PROBE_LENGTH = 7
 _numbers = itertools.count()
+_before: dict[str, str] = {}
+"""Registered name to the implementation that it stands before."""
 _registering = threading.Lock()
 
 
@@ -48,6 +63,7 @@ def install_attention(model: Any, method: str, attend: Attend, scope: Scope) -> 
         return attend(_function_of(module, below), module, query, key, value, attention_mask, **kwargs)
 
     with _registering:
+        scope.set_item(_before, name, below)
         scope.set_item(AttentionInterface._global_mapping, name, function)
         masks = AttentionMaskInterface._global_mapping
         if below in masks:
@@ -55,18 +71,27 @@ def install_attention(model: Any, method: str, attend: Attend, scope: Scope) -> 
         scope.set_attribute(config, "_attn_implementation_internal", name)
 
 
-def check_attention(subject: Any, method: str) -> list[Any]:
+def takes_masks(model: Any) -> bool:
+    """Whether what attends in the end adds masks of floats (batch, heads, length, all) to its logits."""
+    name = text_config(model)._attn_implementation or "eager"
+    while name in _before:
+        name = _before[name]
+    return name in {"sdpa", "eager"}
+
+
+def check_attention(subject: Any, method: str) -> list[Reached]:
     """The modules that attend through the interface, in the order in which they are called.
 
     Tries a function that passes everything on. Raises SubjectError where the model does not call it, or where the
     mere name of the implementation changes what the model computes.
     """
     model = language_model(subject, method)
-    reached: list[Any] = []
+    reached: dict[int, Reached] = {}
 
-    def pass_on(inner: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-        reached.append(module)
-        return inner(module, *args, **kwargs)
+    def pass_on(inner: Any, module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if id(module) not in reached:
+            reached[id(module)] = Reached(module, query.shape[1], _is_local(model, module, kwargs))
+        return inner(module, query, *args, **kwargs)
 
     plain = _probe(model, method)
     scope = Scope()
@@ -85,13 +110,20 @@ def check_attention(subject: Any, method: str) -> list[Any]:
             f"{method} needs attention that does the same whatever its implementation is called; "
             f"{type(model).__name__} decides by that name what it computes."
         )
-    return reached
+    return list(reached.values())
 
 
 def pass_through(inner: Any, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """The attention function that changes nothing."""
     result: tuple[Tensor, Tensor | None] = inner(module, *args, **kwargs)
     return result
+
+
+def _is_local(model: Any, module: Any, kwargs: dict[str, Any]) -> bool:
+    kinds, index = getattr(text_config(model), "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and isinstance(index, int) and index < len(kinds):
+        return "sliding" in kinds[index] or "chunked" in kinds[index]
+    return kwargs.get("sliding_window") is not None or getattr(module, "sliding_window", None) is not None
 
 
 def _function_of(module: Any, name: str) -> Any:
