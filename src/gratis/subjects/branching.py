@@ -51,6 +51,7 @@ class Text:
         """What the model remembers of the text, None where it keeps nothing."""
         return next((self._kwargs[name] for name in ALL_CACHE_NAMES if self._kwargs.get(name) is not None), None)
 
+    @torch.no_grad()
     def read(self) -> Tensor:
         """Read the tokens that the model has not seen; returns the logits (1, vocabulary) of the next, in float32."""
         cached = self.cache is not None
@@ -89,6 +90,7 @@ class Text:
         self.read()
         self.append(last)
 
+    @torch.no_grad()
     def branch(
         self, first: Tensor, draw: Draw, done: Done, worth: Worth, together: int | None = None
     ) -> tuple[int, list[Tensor]]:
