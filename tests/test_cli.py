@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,3 +321,14 @@ def test_an_interrupted_trial_leaves_nothing(tmp_path):
     assert "interrupted" in error
     assert "Traceback" not in error
     assert not (tmp_path / "trials").exists()
+
+
+def test_warnings_meant_for_people_are_one_line(capsys):
+    from gratis.contract.errors import GratisWarning
+
+    with warnings.catch_warnings():
+        assert run(["methods", "--json"]) == 0
+        capsys.readouterr()
+        warnings.warn("this may take hours", GratisWarning, stacklevel=1)
+        warnings.warn("this is for developers", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "gratis: this may take hours\n"

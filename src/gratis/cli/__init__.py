@@ -25,11 +25,13 @@ def run(arguments: Sequence[str]) -> int:
     import typer
 
     from gratis.cli.commands import app
-    from gratis.contract.errors import GratisError
+    from gratis.contract.errors import GratisError, GratisWarning
 
     debug = "--debug" in arguments
     if not debug:
         warnings.simplefilter("ignore")
+        warnings.simplefilter("default", GratisWarning)
+        warnings.showwarning = _show
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     usage_error = typer.BadParameter.__mro__[1]
     try:
@@ -66,6 +68,10 @@ def _usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "gratis"
     return _say(f"{error.format_message()} (`{command} --help` lists what there is)", REFUSED)
+
+
+def _show(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"gratis: {message}", file=sys.stderr)
 
 
 def _line(error: Exception) -> str:

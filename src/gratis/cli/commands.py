@@ -33,7 +33,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="What it acts on: smollm2, a folder, a .gguf file, owner/name, or an http:// endpoint.",
+        help="What it acts on: smollm2, a folder, a .gguf file, owner/name, chat:NAME, or an endpoint: http://…/v1#MODEL.",
         autocompletion=arguments.complete_model,
     ),
 ]

@@ -43,6 +43,10 @@ class UnknownNameError(GratisError, LookupError):
         return cls(f"There is no {what} {name!r}{suggestion(name, known)}.")
 
 
+class GratisWarning(UserWarning):
+    """Something that works, but not as a user may expect. The message is one sentence for a person."""
+
+
 class MissingExtraError(GratisError, ImportError):
     """A package that an extra of gratis installs is absent."""
 

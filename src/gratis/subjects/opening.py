@@ -25,7 +25,8 @@ def open(
 
     - `"smollm2"`: the embedded language model (converted once into the cache folder);
     - a folder or a `.gguf` file: a transformers model, or a diffusers pipeline where `model_index.json` says so;
-    - `"http://…/v1"`: a chat endpoint (its key is read from the environment);
+    - `"http://…/v1"` or `"http://…/v1#MODEL"`: a chat endpoint (its key is read from OPENAI_API_KEY), and
+      `"openai:MODEL"`: OpenAI's own;
     - `"zoo:NAME"`: a small trained model that comes with gratis (`gratis.zoo.names()`), of its own standard class;
     - `"chat:NAME"`: any language model of this list, as a local chat;
     - anything with one slash, `"owner/name"`: a model of the hub. Nothing else touches the network.
@@ -34,10 +35,11 @@ def open(
     Raises UnknownNameError, FileError, SubjectError or MissingExtraError in one sentence.
     """
     text = os.fspath(name)
-    if text.startswith(("http://", "https://")):
+    if text.startswith(("http://", "https://", "openai:")):
         from gratis.subjects.chat import Chat
 
-        return Chat(text)
+        address, _, served = text.partition("#")
+        return Chat(address, served or None)
     if text.startswith("chat:"):
         from gratis.subjects.chat import Chat
 

@@ -40,7 +40,9 @@ class Sentiment(Task):
         from gratis.subjects.chat import Chat
 
         if not isinstance(subject, Chat):
-            raise SubjectError(f"sentiment needs a gratis.Chat, not a {type(subject).__name__}.")
+            raise SubjectError(
+                f"sentiment needs a gratis.Chat, not a {type(subject).__name__}: open a language model as chat:NAME."
+            )
 
     def measure(self, subject: Any, *, seed: int, progress: Progress = silent) -> Measurement:
         chosen = balanced(self.snippets, seed)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import pytest
 
 import gratis
 from gratis.contract.errors import InputError, ParameterError
 from gratis.methods.programs.sec import ASKED, instruction, parse, render_answer, render_question
-from gratis.subjects.chat import Chat
+from gratis.subjects.chat import Chat, ChatError
 from gratis.subjects.chat.formats import FORMATS, integers, normal_latex
 from tests.tiny_chat import scripted
 
@@ -64,6 +65,36 @@ def test_rationales_fall_back_to_answers_of_the_same_question():
     with gratis.attach(Chat(model), gratis.SEC(shots=2, mode="cot", max_attempts=3)) as chat:
         answer = chat.answer("What is 3 plus 4?", "number")
     assert (answer.fallback, answer.valid, answer.attempts) == ("vanilla", True, 4)
+
+
+def test_a_chat_that_fails_is_not_asked_again_and_says_why():
+    model = Scripted(lambda attempt, messages: (_ for _ in ()).throw(ChatError("HTTP 400: too long")))
+    with gratis.attach(Chat(model), gratis.SEC()) as chat, pytest.raises(ChatError, match="write examples: HTTP 400"):
+        chat.answer("What is 3 plus 4?", "number")
+    assert len(model.generations) == 1
+
+
+def test_one_paraphrase_is_the_first_one():
+    model = Scripted(lambda attempt, messages: "no")
+    with gratis.attach(Chat(model), gratis.SEC(paraphrases=1, max_attempts=3, greedy_attempts=1)) as chat:
+        chat.answer("What is 3 plus 4?", "number")
+    assert {m[-1]["content"] for m, _ in model.generations} == {
+        instruction(NUMBER, {"question": "What is 3 plus 4?"}, "vanilla", 0)
+    }
+    assert [p["temperature"] for _, p in model.generations] == [0, 1, 1]
+
+
+def test_hours_on_a_local_model_are_warned_of():
+    from gratis.contract.errors import GratisWarning
+
+    here = Chat(lambda messages, **parameters: "")
+    here.backend.runs_here = True
+    with pytest.warns(GratisWarning, match="72,000 tokens"):
+        gratis.attach(here, gratis.SEC()).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gratis.attach(here, gratis.SEC(max_attempts=2, generation_tokens=400)).detach()
+        gratis.attach(Chat(lambda messages, **parameters: ""), gratis.SEC()).detach()
 
 
 def test_demonstrations_are_chat_turns_before_the_question():

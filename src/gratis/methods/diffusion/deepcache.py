@@ -15,7 +15,7 @@ import torch
 
 from gratis.contract.attach import Scope
 from gratis.contract.card import Card, Claim
-from gratis.contract.errors import InputError, ParameterError, SubjectError
+from gratis.contract.errors import GratisWarning, InputError, ParameterError, SubjectError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
 from gratis.subjects.diffusion import CallCounter, ReplacedForward, UNetLayers, unet_layers, unet_of
@@ -215,7 +215,7 @@ class _Sampling:
     def _warn_once(self, words: str) -> None:
         if words not in self._warned:
             self._warned.add(words)
-            warnings.warn(words, stacklevel=2)
+            warnings.warn(words, GratisWarning, stacklevel=2)
 
     def keep(self, hidden: torch.Tensor) -> None:
         self.kept[self.context] = hidden.detach().clone()

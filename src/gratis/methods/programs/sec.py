@@ -6,21 +6,24 @@ R. Li, G. Wang and J. Li, "Are Human-generated Demonstrations Necessary for In-c
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from gratis.contract.attach import Scope
 from gratis.contract.card import Card, Claim
-from gratis.contract.errors import ParameterError, SubjectError
+from gratis.contract.errors import GratisWarning, ParameterError, SubjectError
 from gratis.contract.method import Program
 from gratis.contract.parameters import param
-from gratis.subjects.chat import Answer, Chat, Format, Request, Usage, read_answer, solving
+from gratis.subjects.chat import Answer, Chat, ChatError, Format, Request, Usage, read_answer, solving
 from gratis.subjects.chat.formats import format_of, integers, normal_latex
 
 ASKED = 5
 """Demonstrations that the instruction always asks for."""
 PARAPHRASES = tuple(f"{please}{verb}" for please in ("", "please ") for verb in ("generate", "create", "output"))
 """Openings of the six paraphrases of the instruction."""
+LONG = 20_000
+"""Tokens that may be written for one question, from which on a local model's user is warned."""
 
 Demo = dict[str, Any]
 
@@ -54,7 +57,7 @@ class SEC(Program):
         ),
         claims=(
             Claim(
-                name="a 135M model writes no valid examples; it falls back to the plain question and loses nothing",
+                name="where a model writes no valid examples, as a 135M one, no answer gets worse than without",
                 task="sentiment",
                 metric="accuracy",
                 compare="difference",
@@ -63,11 +66,11 @@ class SEC(Program):
                 task_parameters={"snippets": 8},
             ),
             Claim(
-                name="every question costs at least one request more",
+                name="a question costs no more requests than the attempts allowed, here one",
                 task="sentiment",
                 metric="calls_per_question",
                 compare="difference",
-                at_least=1.0,
+                at_most=1.0,
                 parameters={"shots": 2, "max_attempts": 1, "greedy_attempts": 1, "generation_tokens": 160},
                 task_parameters={"snippets": 8},
             ),
@@ -77,6 +80,7 @@ class SEC(Program):
     shots: int = param(4, at_least=0, at_most=ASKED, help="demonstrations used; 0 is the plain question")
     mode: Literal["vanilla", "cot"] = param("vanilla", help="answers only, or rationale then answer")
     max_attempts: int = param(24, above=0, help="attempts to get valid demonstrations")
+    paraphrases: int = param(6, above=0, at_most=len(PARAPHRASES), help="wordings of the instruction, tried in turn")
     greedy_attempts: int = param(6, at_least=0, help="attempts at temperature 0, before those at temperature 1")
     generation_tokens: int = param(3000, above=0, unit="tokens", help="longest reply with demonstrations")
     share: bool = param(False, help="use the demonstrations of the first question for all questions of one call")
@@ -84,9 +88,20 @@ class SEC(Program):
 
     def check(self, subject: Any) -> None:
         if not isinstance(subject, Chat):
-            raise SubjectError(f"SEC acts on a gratis.Chat, not on a {type(subject).__name__}.")
+            raise SubjectError(
+                f"SEC acts on a gratis.Chat, not on a {type(subject).__name__}: open a language model as chat:NAME, or put "
+                "it in gratis.Chat(model)."
+            )
 
     def install(self, subject: Chat, scope: Scope) -> Callable[[], dict[str, Any]]:
+        most = self.max_attempts * self.generation_tokens
+        if self.shots and most > LONG and getattr(subject.backend, "runs_here", False):
+            warnings.warn(
+                f"SEC: a model that writes no valid examples writes up to {most:,} tokens for every question, which can "
+                "take hours on a model that runs here; max_attempts=2 and generation_tokens=400 make a quick try.",
+                GratisWarning,
+                stacklevel=2,
+            )
         run = _Run(self, subject)
         scope.set_attribute(subject, "answer_many", run.answer_many)
         return run.report
@@ -158,10 +173,11 @@ class _Run:
                 self._seen["generation_calls"] += 1
                 written[n].attempts += 1
                 written[n].usage.append(reply.usage)
-                if reply.error is None:
-                    demos = parse(form, reply.text, mode, items[n])
-                    if len(demos) >= method.shots:
-                        written[n].demos, written[n].valid = demos[: method.shots], True
+                if reply.error is not None:
+                    raise ChatError(f"SEC: the chat did not write examples: {reply.error}.")
+                demos = parse(form, reply.text, mode, items[n])
+                if len(demos) >= method.shots:
+                    written[n].demos, written[n].valid = demos[: method.shots], True
         return written
 
     def _request(self, form: Format, item: Mapping[str, Any], mode: str, attempt: int, number: int) -> Request:
@@ -169,7 +185,7 @@ class _Run:
         return Request(
             messages=(
                 {"role": "system", "content": "You are a helpful assistant that writes few-shot examples."},
-                {"role": "user", "content": instruction(form, item, mode, attempt)},
+                {"role": "user", "content": instruction(form, item, mode, attempt % self._method.paraphrases)},
             ),
             temperature=0.0 if greedy else 1.0,
             max_tokens=self._method.generation_tokens,

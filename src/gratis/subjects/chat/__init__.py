@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gratis.contract.errors import InputError, ParameterError, SubjectError
+from gratis.contract.errors import ParameterError, SubjectError
 from gratis.subjects.chat.formats import FORMATS, Format, format_of
 from gratis.subjects.chat.messages import BudgetError, ChatError, Reply, Request, Usage, as_request, block
 from gratis.subjects.chat.store import Replay, ResponseCache, Transcript
@@ -44,6 +44,11 @@ class Budget:
     tokens: int | None = None
     cost: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not value >= 0:
+                raise ParameterError(f"Budget: {name} must be at least 0, not {value}.")
+
 
 @dataclass(frozen=True)
 class Prices:
@@ -52,6 +57,11 @@ class Prices:
     input: float
     output: float
     cached_input: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not value >= 0:
+                raise ParameterError(f"Prices: {name} must be at least 0, not {value}.")
 
     def of(self, usage: Usage) -> float:
         """Price of one reply."""
@@ -188,7 +198,8 @@ class Chat:
             requests = [requests]
         wanted = [as_request(request, seed=self.seed) for request in requests]
         replies: list[Reply | None] = [None] * len(wanted)
-        keys = [request.key(self.backend.model) for request in wanted]
+        model = self.backend.model
+        keys = [request.key(model) for request in wanted]
         for number, (request, key) in enumerate(zip(wanted, keys, strict=True)):
             if self._cache is not None and self._cache_mode in {"on", "read"} and self._cacheable(request):
                 replies[number] = self._cache.get(key)
@@ -256,13 +267,13 @@ class Chat:
         replies: list[Reply] = self.backend.generate(requests)
         for number, (request, reply) in enumerate(zip(requests, replies, strict=True)):
             if request.response_schema is not None and reply.error is None:
-                replies[number] = self._structured(request, reply)
+                replies[number] = self._structured(request, reply, requests)
             elif request.choices and reply.error is None and reply.parsed is None:
                 text = reply.text.strip().strip('"')
                 reply.parsed = text if text in request.choices else None
         return replies
 
-    def _structured(self, request: Request, reply: Reply) -> Reply:
+    def _structured(self, request: Request, reply: Reply, sent: list[Request]) -> Reply:
         """Parse and validate; one repair request that shows the error, unless the reply was cut off."""
         assert request.response_schema is not None
         problem = _fit(reply, request.response_schema)
@@ -270,7 +281,13 @@ class Chat:
             return reply
         repair = f"That is not valid: {problem}. Answer again with only JSON that fits the schema."
         turns = (*request.messages, {"role": "assistant", "content": reply.text}, {"role": "user", "content": repair})
-        again: Reply = self.backend.generate([replace(request, messages=turns)])[0]
+        asked = replace(request, messages=turns)
+        try:
+            self._check_budget([*sent, asked], [])
+        except BudgetError as error:
+            reply.attempts.append(f"not repaired: {error}")
+            return reply
+        again: Reply = self.backend.generate([asked])[0]
         again.usage = _sum([reply.usage, again.usage])
         again.attempts = [*reply.attempts, f"repaired: {problem}", *again.attempts]
         self._spent["calls"] += 1
@@ -344,10 +361,7 @@ def _fit(reply: Reply, schema: Mapping[str, Any]) -> str | None:
         value = parse_json(reply.text)
     except ValueError as error:
         return str(error)
-    try:
-        problem = mismatch(value, schema)
-    except ValueError as error:
-        raise InputError(f"response_schema cannot be used: {error}.") from error
+    problem = mismatch(value, schema)
     if problem is None:
         reply.parsed = value
     return problem

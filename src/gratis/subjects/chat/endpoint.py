@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from gratis.subjects.chat.limits import Breaker, Failure, Gate, Pace, persistent
 from gratis.subjects.chat.messages import ChatError, Reply, Request, Usage
 
 RETRIED = {408, 409, 429}
+NAME_ONE = "name one, as gratis.Chat(address, model) or address#model"
 
 
 class Endpoint:
@@ -49,7 +51,7 @@ class Endpoint:
             timeout=openai.Timeout(timeout_s, connect=min(10.0, timeout_s)),
             http_client=openai.DefaultHttpxClient(limits=pool),
         )
-        self._model = model
+        self._model, self._host = model, str(self._client.base_url)
         self._gate, self._breaker = Gate(concurrency), Breaker()
         self._pace = Pace(requests_per_minute, tokens_per_minute, sleep, clock)
         self._concurrency, self._attempts, self._budget = concurrency, attempts, retry_budget_s
@@ -57,23 +59,28 @@ class Endpoint:
 
     @property
     def model(self) -> str:
+        """The server's address and the model's name: what answers are kept under."""
+        return f"{self._host} {self._name()}"
+
+    def _name(self) -> str:
         """The model's name; asked of the server where none was given and it serves one."""
         if self._model is None:
             try:
                 served = [m.id for m in self._client.models.list().data]
             except self._openai.OpenAIError as error:
-                raise ChatError(
-                    f"The endpoint does not say which models it serves ({_words(error)}): name one."
-                ) from None
+                said = _words(error)
+                raise ChatError(f"The endpoint does not say which models it serves ({said}): {NAME_ONE}.") from None
             if len(served) != 1:
                 shown = ", ".join(served[:5]) or "none"
-                raise ChatError(f"The endpoint serves {shown}: name one with model=….")
+                raise ChatError(
+                    f"The endpoint serves {shown}: name one, as gratis.Chat(address, model) or address#model."
+                )
             self._model = served[0]
         return self._model
 
     def generate(self, requests: list[Request]) -> list[Reply]:
         """Replies in the order of the requests; one that failed says why."""
-        model = self.model
+        model = self._name()
         if len(requests) == 1:
             return [self._reply(requests[0], model)]
         with ThreadPoolExecutor(self._concurrency) as pool:
@@ -150,43 +157,55 @@ def _arguments(request: Request, model: str) -> dict[str, Any]:
 
 
 def _read(answer: Any, request: Request, model: str, seconds: float) -> Reply:
+    """The reply in a completion. Raises Failure for one that is not what the protocol says."""
     try:
         choice = answer.choices[0]
         text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
-    except (AttributeError, IndexError, TypeError):
+    except (AttributeError, IndexError, KeyError, TypeError):
         raise Failure("the answer is not what the protocol says: it has no choices", True) from None
-    usage = Usage(
-        input=sum(len(m["content"]) for m in request.messages) // 4, output=len(text or "") // 4, estimated=True
-    )
-    if getattr(answer, "usage", None) is not None:
-        details = getattr(answer.usage, "prompt_tokens_details", None)
-        thought = getattr(answer.usage, "completion_tokens_details", None)
-        usage = Usage(
-            input=answer.usage.prompt_tokens or 0,
-            cached_input=getattr(details, "cached_tokens", 0) or 0,
-            output=answer.usage.completion_tokens or 0,
-            reasoning=getattr(thought, "reasoning_tokens", 0) or 0,
-        )
     if text is None and refusal is None:
         raise Failure("the answer is empty", True)
+    said = text if text is not None else refusal
+    if not isinstance(said, str):
+        raise Failure(f"the answer is not what the protocol says: its text is a {type(said).__name__}", True)
     finish = "refusal" if text is None else "length" if choice.finish_reason == "length" else "stop"
     tokens = getattr(getattr(choice, "logprobs", None), "content", None)
+    named = getattr(answer, "model", None)
     return Reply(
-        text=str(text if text is not None else refusal),
+        text=said,
         finish_reason=finish,
-        usage=usage,
-        logprobs=[entry.model_dump() for entry in tokens] if tokens else None,
-        model=getattr(answer, "model", None) or model,
+        usage=_usage(getattr(answer, "usage", None), request, said),
+        logprobs=[entry.model_dump() for entry in tokens if hasattr(entry, "model_dump")] if tokens else None,
+        model=named if isinstance(named, str) and named else model,
         latency_s=seconds,
+    )
+
+
+def _usage(counted: Any, request: Request, text: str) -> Usage:
+    """The server's count of tokens, or an estimate where it gives none that can be read."""
+
+    def count(owner: Any, name: str) -> int:
+        value = getattr(owner, name, None)
+        return value if isinstance(value, int) and value > 0 else 0
+
+    if not isinstance(getattr(counted, "prompt_tokens", None), int):
+        read = sum(len(message["content"]) for message in request.messages) // 4
+        return Usage(input=read, output=len(text) // 4, estimated=True)
+    return Usage(
+        input=count(counted, "prompt_tokens"),
+        cached_input=count(getattr(counted, "prompt_tokens_details", None), "cached_tokens"),
+        output=count(counted, "completion_tokens"),
+        reasoning=count(getattr(counted, "completion_tokens_details", None), "reasoning_tokens"),
     )
 
 
 def _retry_after(error: Any) -> float | None:
     value = error.response.headers.get("retry-after")
     try:
-        return max(float(value), 0.0) if value is not None else None
+        seconds = float(value) if value is not None else math.nan
     except ValueError:
         return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
 def _words(error: BaseException) -> str:

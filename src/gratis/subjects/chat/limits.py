@@ -136,7 +136,7 @@ def persistently(
             same = same + 1 if server and last is not None and last.reason == failure.reason else int(server)
             last = failure
             wait = failure.wait if failure.wait is not None else min(60.0, 2.0**number) * random.uniform(0.5, 1.0)
-            over = clock() - began + wait > budget_s
+            over = not clock() - began + wait <= budget_s
             if not failure.again or number + 1 == attempts or same >= MOST_SAME_FAILURES or over:
                 raise
             sleep(wait)

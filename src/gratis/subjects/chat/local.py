@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -11,15 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from gratis.contract.attach import attached
 from gratis.contract.errors import InputError, SubjectError
 from gratis.subjects.chat.messages import Reply, Request, Usage
 
 PREFIX_LEAST = 64
+_log = logging.getLogger(__name__)
 
 
 class LocalModel:
-    """Greedy or sampled answers of a live model. Results do not depend on how requests are batched or ordered."""
+    """Greedy or sampled answers of a live model. Results do not depend on how requests are batched or ordered.
+
+    Shared beginnings are read once where every layer keeps all keys and values. Models with recurrent layers, and those
+    with methods attached, are asked one request at a time. Nothing that was read is used again after the weights or
+    what is attached changed.
+    """
+
+    runs_here = True
 
     def __init__(self, model: Any, batch_tokens: int, prefix_bytes: int) -> None:
         from gratis.subjects.opening import tokenizer_of
@@ -30,14 +41,25 @@ class LocalModel:
         self._batch_tokens, self._prefix_bytes = batch_tokens, prefix_bytes
         self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._lock = threading.Lock()
-        name = str(getattr(model, "name_or_path", "") or type(model).__name__).rstrip("/").rpartition("/")[2]
-        self.model = f"{name}:{_fingerprint(model)}"
+        self._name = str(getattr(model, "name_or_path", "") or type(model).__name__).rstrip("/").rpartition("/")[2]
+        self._state: Any = None
+        self._identity = ""
+        self._keeps_all = self._rows_go_together = self._shares = self._batches = True
         self.prefill_tokens = 0
         """Prompt tokens that were read so far."""
+        self._refresh()
+
+    @property
+    def model(self) -> str:
+        """The model's name, a checksum of its weights, and what is attached to it."""
+        with self._lock:
+            self._refresh()
+            return self._identity
 
     def generate(self, requests: list[Request]) -> list[Reply]:
         """Replies in the order of the requests."""
         with self._lock, torch.no_grad():
+            self._refresh()
             prompts = [self._prompt(request) for request in requests]
             replies: list[Reply | None] = [None] * len(requests)
             for number, request in enumerate(requests):
@@ -53,16 +75,51 @@ class LocalModel:
     def score(self, request: Request, continuations: list[str]) -> list[float]:
         """Sum of log-probabilities of each continuation after the request's prompt."""
         with self._lock, torch.no_grad():
+            self._refresh()
             return self._score(self._prompt(request), continuations)
 
+    def _refresh(self) -> None:
+        """Forget what was read by other weights or under other methods."""
+        methods = tuple(repr(method) for attachment in attached(self._model) for method in attachment.methods)
+        weights = [w for w in self._model.parameters() if not w.is_inference()]
+        state = (methods, tuple((weight.data_ptr(), weight._version) for weight in weights))
+        if state == self._state:
+            return
+        if self._state is None:
+            self._look_at_the_cache()
+        self._prefixes.clear()
+        self._identity = "+".join((f"{self._name}:{_fingerprint(self._model)}", *methods))
+        self._shares, self._batches = self._keeps_all and not methods, self._rows_go_together and not methods
+        self._state = state
+
+    def _look_at_the_cache(self) -> None:
+        with torch.no_grad():
+            out = self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._model.device), use_cache=True)
+        cache = getattr(out, "past_key_values", None)
+        if cache is None:
+            raise SubjectError(
+                f"A {type(self._model).__name__} gives no past_key_values to go on from, so it cannot chat here."
+            )
+        layers = getattr(cache, "layers", [])
+        self._rows_go_together = not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+        # Sliding windows would count the padding between a shared beginning and its continuation.
+        self._keeps_all = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in layers)
+
     def _prompt(self, request: Request) -> list[int]:
+        if request.logprobs is not None:
+            raise InputError("A local model gives no logprobs of what it writes; use score for given text.")
         messages = [dict(message) for message in request.messages]
         try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:
-            if type(error).__module__.split(".")[0] != "jinja2":
-                raise
-            raise InputError(f"The model's chat template does not allow this conversation: {error}.") from error
+            text = self._rendered(messages)
+        except _template_error() as error:
+            merged = _without_system(messages)
+            if merged == messages:
+                raise InputError(f"The model's chat template does not allow this conversation: {error}.") from error
+            _log.info("%s has no system role; its words begin the first question.", self._name)
+            try:
+                text = self._rendered(merged)
+            except _template_error() as again:
+                raise InputError(f"The model's chat template does not allow this conversation: {again}.") from again
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if window is not None and len(ids) + request.max_tokens > window:
@@ -71,12 +128,15 @@ class LocalModel:
             )
         return list(ids)
 
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
     def _groups(self, order: list[int], prompts: list[list[int]], requests: list[Request]) -> list[list[int]]:
         groups: list[list[int]] = []
         longest = 0
         for number in order:
             longest = max(longest if groups else 0, len(prompts[number]) + requests[number].max_tokens)
-            if groups and (len(groups[-1]) + 1) * longest <= self._batch_tokens:
+            if groups and self._batches and (len(groups[-1]) + 1) * longest <= self._batch_tokens:
                 groups[-1].append(number)
             else:
                 groups.append([number])
@@ -85,7 +145,7 @@ class LocalModel:
 
     def _prefilled(self, prompts: list[list[int]]) -> tuple[Any, int]:
         """A cache of the longest shared beginning of at least two prompts (None, 0 where it is short)."""
-        shared = _shared(prompts) if len(prompts) > 1 else 0
+        shared = _shared(prompts) if len(prompts) > 1 and self._shares else 0
         shared = min(shared, min(len(p) for p in prompts) - 1)
         if shared < PREFIX_LEAST:
             return None, 0
@@ -114,7 +174,7 @@ class LocalModel:
         rows = [_Row(request, self._tokenizer) for request in requests]
         live = list(range(len(rows)))
         ends = _end_tokens(self._model, self._tokenizer)
-        while live:
+        while True:
             places = (mask.cumsum(-1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
             padded = {} if bool((mask == 1).all()) else {"attention_mask": mask}
             out = self._model(
@@ -123,6 +183,8 @@ class LocalModel:
             cache = out.past_key_values
             chosen = [rows[n].choose(out.logits[i, -1].float()) for i, n in enumerate(live)]
             kept = [i for i, n in enumerate(live) if not rows[n].add(chosen[i], ends)]
+            if not kept:
+                break
             if len(kept) < len(live):
                 index = torch.tensor(kept, device=device, dtype=torch.long)
                 cache.batch_select_indices(index)
@@ -130,7 +192,9 @@ class LocalModel:
             tokens = torch.tensor([[chosen[i]] for i in kept], device=device)
             mask = torch.cat([mask, mask.new_ones(len(kept), 1)], dim=1)
         seconds = (time.perf_counter() - began) / len(prompts)
-        return [row.reply(self.model, len(prompt), shared, seconds) for row, prompt in zip(rows, prompts, strict=True)]
+        return [
+            row.reply(self._identity, len(prompt), shared, seconds) for row, prompt in zip(rows, prompts, strict=True)
+        ]
 
     def _choose(self, request: Request, prompt: list[int]) -> Reply:
         began = time.perf_counter()
@@ -141,7 +205,7 @@ class LocalModel:
             parsed=request.choices[best],
             usage=Usage(input=len(prompt)),
             logprobs=[dict(zip(request.choices, scores, strict=True))],
-            model=self.model,
+            model=self._identity,
             latency_s=time.perf_counter() - began,
         )
 
@@ -159,7 +223,10 @@ class LocalModel:
             score = first[tail[0]].item()
             if len(tail) > 1:
                 cache = copy.deepcopy(out.past_key_values)
-                after = self._model(input_ids=torch.tensor([tail[:-1]], device=device), past_key_values=cache).logits[0]
+                # Recurrent layers go on from their state by one token at a time.
+                steps = [tail[:-1]] if self._batches else [[token] for token in tail[:-1]]
+                read = [self._model(input_ids=torch.tensor([s], device=device), past_key_values=cache) for s in steps]
+                after = torch.cat([one.logits[0] for one in read])
                 picked = after.float().log_softmax(-1).gather(1, torch.tensor(tail[1:], device=device)[:, None])
                 score += picked.sum().item()
             scores.append(score)
@@ -232,9 +299,27 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _fingerprint(model: Any) -> str:
+    """A checksum of all weights: exact sums of their bits, and a few of their values in order."""
     digest = hashlib.sha256()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        total = int(flat.view(bits[flat.element_size()]).sum(dtype=torch.int64)) if flat.element_size() in bits else 0
+        digest.update(f"{name}{tuple(weight.shape)}{total}".encode())
         digest.update(flat[:: max(len(flat) // 64, 1)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _template_error() -> type[Exception]:
+    from jinja2 import TemplateError
+
+    return TemplateError
+
+
+def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation with the system's words at the beginning of the first question."""
+    said = [message["content"] for message in messages if message["role"] == "system"]
+    turns = [message for message in messages if message["role"] != "system"]
+    if not said:
+        return messages
+    return [{**turns[0], "content": "\n\n".join([*said, turns[0]["content"]])}, *turns[1:]]

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from gratis.contract.errors import InputError, MissingExtraError
+
 
 def parse_json(text: str) -> Any:
     """The JSON value of `text`: the whole, else its last fenced block, else its first balanced object or list.
@@ -26,17 +28,31 @@ def parse_json(text: str) -> Any:
     raise ValueError("it holds no JSON value")
 
 
-def mismatch(value: Any, schema: Mapping[str, Any]) -> str | None:
-    """Why `value` does not fit the JSON Schema, or None. Raises ValueError for a schema that is none."""
-    import jsonschema
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Raise InputError for a JSON Schema that is none, MissingExtraError where it cannot be told."""
+    jsonschema = _jsonschema()
+    try:
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise InputError(f"response_schema is no JSON Schema: {error.message}.") from error
 
+
+def mismatch(value: Any, schema: Mapping[str, Any]) -> str | None:
+    """Why `value` does not fit the JSON Schema, or None."""
+    jsonschema = _jsonschema()
     try:
         jsonschema.validate(value, schema)
     except jsonschema.ValidationError as error:
         return str(error.message)
-    except jsonschema.SchemaError as error:
-        raise ValueError(f"the schema is no JSON Schema: {error.message}") from error
     return None
+
+
+def _jsonschema() -> Any:
+    try:
+        import jsonschema
+    except ImportError:
+        raise MissingExtraError.of("jsonschema", "programs") from None
+    return jsonschema
 
 
 def _balanced(text: str) -> str | None:
