@@ -1,0 +1,245 @@
+"""Attend to the blocks of the cache that matter to the current token, and to sinks and the latest tokens.
+
+R. Sadhukhan et al., "Kinetics: Rethinking Test-Time Scaling Laws", 2025 (arXiv 2506.05333), the block top-k attention of
+its engine. While decoding, a block's score is the mean, over the query heads of a key head and the block's tokens, of
+the attention logits. A mean of products with one query is a product of means: one mean key per block is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gratis.contract.attach import Scope
+from gratis.contract.card import Card, Claim
+from gratis.contract.errors import SubjectError
+from gratis.contract.method import Attachable
+from gratis.contract.parameters import param
+from gratis.subjects.attention_door import check_attention, install_attention, takes_masks
+
+
+class BlockTopK(Attachable):
+    """Make long generations cheaper: every new token attends to a few blocks of what was read, not to all of it.
+
+    All keys and values stay in memory; what shrinks is what is read per token. Prompts are read densely, and so is
+    everything below the length at which there is something to leave out.
+    """
+
+    card = Card(
+        title="Kinetics: Rethinking Test-Time Scaling Laws",
+        authors="Sadhukhan et al.",
+        year=2025,
+        seed=99,
+        paper="arXiv 2506.05333",
+        acts_on="language model",
+        free_of=("training", "calibration data"),
+        summary="each new token attends to the blocks of the text that matter to it",
+        unchanged_when={"blocks": 1000},
+        examples={"blocks": 1, "block": 4, "window": 8, "dense_layers": (0,)},
+        differs=(
+            "Mean keys are kept per complete block instead of recomputed; in a left-padded row the block with the row's "
+            "first tokens is always among the chosen, in the place of sinks that are padding."
+        ),
+        limits="The cache keeps its full size. Not while reading a prompt, and not for layers with a window of their own.",
+        claims=(
+            Claim(
+                name="with a quarter of the cache attended to, the loss on plain text rises by at most 0.1 nats",
+                task="streaming-perplexity",
+                metric="loss",
+                compare="difference",
+                at_most=0.1,
+                parameters={"blocks": 8, "window": 64},
+                task_parameters={"tokens": 900, "chunk": 1},
+            ),
+        ),
+    )
+
+    blocks: int = param(32, at_least=1, unit="blocks", help="blocks that a token attends to (k)", search=(4, 128))
+    block: int = param(16, at_least=1, unit="tokens", help="size of a block (b)", search=(8, 128))
+    window: int = param(64, at_least=0, unit="tokens", help="latest tokens, always attended to (w)", search=(0, 512))
+    sinks: int = param(4, at_least=0, unit="tokens", help="first tokens, always attended to")
+    dense_layers: tuple[int, ...] = param((0,), at_least=0, help="layers that attend to everything")
+    choose: Literal["block", "token", "overlapping", "local", "random"] = param(
+        "block",
+        help="blocks by their mean key; single tokens by their own logits (an oracle); blocks at half steps; for "
+        "comparison: none, or any blocks",
+    )
+    seed: int = param(0, at_least=0, help="of the random choice")
+
+    @property
+    def active_from(self) -> int:
+        """Length from which something is left out."""
+        return -(-(self.sinks + self.window + self.blocks * self.block) // self.block) * self.block
+
+    def check(self, subject: Any) -> None:
+        modules = check_attention(subject, type(self).__name__)
+        name = type(subject).__name__
+        if self.dense_layers and max(self.dense_layers) >= len(modules):
+            raise SubjectError(f"BlockTopK: dense_layers must be below {len(modules)}, the layers of this {name}.")
+        if any(getattr(one.module, "is_causal", True) is False for one in modules):
+            raise SubjectError(f"BlockTopK needs causal attention; this {name} attends in both directions.")
+        if not takes_masks(subject):
+            raise SubjectError(
+                "BlockTopK attends to a few keys at a time: load the model with attention 'sdpa' or 'eager'."
+            )
+        if not self._sparse(modules):
+            raise SubjectError(f"BlockTopK: no layer of this {name} is left to act on; all are dense or local.")
+
+    def install(self, subject: Any, scope: Scope) -> Any:
+        sparse = self._sparse(check_attention(subject, type(self).__name__))
+        counts = {"decoded": 0, "attended": 0, "cached": 0}
+        states = {key: _Means() for key in sparse}
+
+        def attend(inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+            length = key.shape[2]
+            if query.shape[2] != 1 or id(module) not in states or length <= self.active_from:
+                return inner(module, query, key, value, mask, **kwargs)
+            part = self._part(states[id(module)], query, key, value, mask)
+            counts["decoded"] += 1
+            counts["attended"] += part[0].shape[2]
+            counts["cached"] += length
+            return inner(module, query, *part, **kwargs)
+
+        install_attention(subject, self.name, attend, scope)
+
+        def report() -> dict[str, Any]:
+            attended = counts["attended"] / counts["cached"] if counts["cached"] else 1.0
+            return {"sparse_layers": len(sparse), "sparse_steps": counts["decoded"], "share_attended": attended}
+
+        return report
+
+    def _sparse(self, modules: list[Any]) -> set[int]:
+        return {id(one.module) for n, one in enumerate(modules) if not one.local and n not in self.dense_layers}
+
+    def _part(
+        self, state: _Means, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The keys, values and mask that one new token attends to."""
+        length, at = key.shape[2], self.sinks
+        count = (length - self.window - self.sinks) // self.block
+        end = at + count * self.block
+        real = _real(mask, query.shape[0])
+        if self.choose == "local":
+            chosen = torch.empty(*key.shape[:2], 0, dtype=torch.long, device=key.device)
+        elif self.choose == "token":
+            chosen = self._tokens(query, key[:, :, at:end], real[:, at:end] if real is not None else None)
+        else:
+            chosen = self._blocks(state, query, key[:, :, at:end], real[:, at:end] if real is not None else None)
+        parts = [
+            torch.cat([tensor[:, :, :at], self._picked(tensor[:, :, at:end], chosen), tensor[:, :, end:]], 2)
+            for tensor in (key, value)
+        ]
+        if mask is None:
+            return parts[0], parts[1], None
+        return parts[0], parts[1], self._mask(mask, query, key.shape[1], chosen, at, end)
+
+    def _picked(self, stretch: Tensor, chosen: Tensor) -> Tensor:
+        """Chosen blocks or tokens of (batch, key heads, count * block, head_dim), per row and head."""
+        batch, heads, _, dim = stretch.shape
+        rows = torch.arange(batch, device=stretch.device)[:, None, None]
+        columns = torch.arange(heads, device=stretch.device)[None, :, None]
+        if self.choose in ("token", "overlapping"):
+            return stretch[rows, columns, chosen]
+        blocks: Tensor = stretch.unflatten(2, (-1, self.block))[rows, columns, chosen]
+        return blocks.reshape(batch, heads, -1, dim)
+
+    def _mask(self, mask: Tensor, query: Tensor, heads: int, chosen: Tensor, at: int, end: int) -> Tensor:
+        batch, groups = query.shape[0], query.shape[1] // heads
+        full = mask.expand(batch, mask.shape[1] if mask.shape[1] > 1 else heads, 1, -1)
+        if full.shape[1] != heads:
+            # One mask per query head: those of a key head share their columns.
+            chosen = chosen.repeat_interleave(groups, 1)
+        if self.choose not in ("token", "overlapping"):
+            offsets = torch.arange(self.block, device=chosen.device)
+            chosen = (chosen[..., None] * self.block + offsets).flatten(2)
+        middle = full[:, :, 0, at:end].gather(2, chosen)
+        part = torch.cat([full[:, :, 0, :at], middle, full[:, :, 0, end:]], 2)[:, :, None]
+        return part if part.shape[1] == query.shape[1] else part.repeat_interleave(groups, 1)
+
+    def _tokens(self, query: Tensor, keys: Tensor, real: Tensor | None) -> Tensor:
+        scores = _group_mean(query, keys.shape[1]) @ keys.transpose(2, 3)
+        scores = scores[:, :, 0] if real is None else scores[:, :, 0].masked_fill(~real[:, None], -torch.inf)
+        return scores.topk(self.blocks * self.block, sorted=False).indices.sort(-1).values
+
+    def _blocks(self, state: _Means, query: Tensor, keys: Tensor, real: Tensor | None) -> Tensor:
+        count = keys.shape[2] // self.block
+        if self.choose == "random":
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + keys.shape[2])
+            shares = torch.rand(*keys.shape[:2], count, generator=generator).to(keys.device)
+            return shares.topk(self.blocks, sorted=False).indices.sort(-1).values
+        if self.choose == "overlapping":
+            return self._overlapping(query, keys, real)
+        means = state.of(keys, self.block, real)
+        scores = (means @ _group_mean(query, keys.shape[1]).transpose(2, 3))[..., 0]
+        if real is not None:
+            inside = real.unflatten(1, (count, self.block)).any(-1)
+            scores = scores.masked_fill(~inside[:, None], -torch.inf)
+            begins = torch.zeros_like(inside).scatter_(1, inside.long().argmax(1, keepdim=True), True)
+            begins &= ~real[:, :1]
+            scores = scores.masked_fill(begins[:, None], torch.inf)
+        return scores.topk(self.blocks, sorted=False).indices.sort(-1).values
+
+    def _overlapping(self, query: Tensor, keys: Tensor, real: Tensor | None) -> Tensor:
+        """Twice as many candidate blocks at half steps; their tokens, each once, up to the budget, best block first."""
+        half = max(self.block // 2, 1)
+        weights = torch.ones(keys.shape[0], keys.shape[2], device=keys.device) if real is None else real.float()
+        scores = (_group_mean(query, keys.shape[1]) @ keys.transpose(2, 3))[:, :, 0] * weights[:, None]
+        sums = scores.unfold(2, self.block, half).sum(-1) / weights.unfold(1, self.block, half).sum(-1)[:, None]
+        sums = torch.nan_to_num(sums, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        best = sums.topk(min(2 * self.blocks, sums.shape[-1])).indices
+        tokens = (best[..., None] * half + torch.arange(self.block, device=keys.device)).flatten(2)
+        places = torch.arange(tokens.shape[-1], device=keys.device).expand_as(tokens)
+        first = torch.full(scores.shape, tokens.shape[-1], device=keys.device).scatter_reduce_(
+            2, tokens, places, "amin"
+        )
+        return first.topk(self.blocks * self.block, largest=False).indices.sort(-1).values
+
+
+@dataclass
+class _Means:
+    """Mean keys of one layer's complete blocks, in float32, grown as the text grows."""
+
+    means: Tensor | None = None
+    last: Tensor | None = None
+    """Key of the last token that was averaged: it depends on the whole text before it, so it tells texts apart."""
+
+    def of(self, keys: Tensor, block: int, real: Tensor | None) -> Tensor:
+        """(batch, key heads, count, head_dim) for keys (batch, key heads, count * block, head_dim)."""
+        count = keys.shape[2] // block
+        known = 0 if self.means is None or not self._is_of(keys, block) else self.means.shape[2]
+        if known < count:
+            fresh = keys[:, :, known * block :].float().unflatten(2, (count - known, block))
+            if real is None:
+                found = fresh.mean(3)
+            else:
+                weights = real[:, known * block :].float().unflatten(1, (count - known, block))[:, None, :, :, None]
+                found = (fresh * weights).sum(3) / weights.sum(3).clamp_min(1)
+            self.means = found if not known or self.means is None else torch.cat([self.means, found], 2)
+            self.last = keys[:, :, count * block - 1].clone()
+        assert self.means is not None
+        return self.means[:, :, :count].to(keys.dtype)
+
+    def _is_of(self, keys: Tensor, block: int) -> bool:
+        assert self.means is not None
+        assert self.last is not None
+        end = self.means.shape[2] * block
+        if end > keys.shape[2] or self.last.shape != keys[:, :, 0].shape:
+            return False
+        return torch.equal(self.last, keys[:, :, end - 1])
+
+
+def _group_mean(query: Tensor, heads: int) -> Tensor:
+    """(batch, key heads, 1, head_dim): the mean query of the heads that share a key head."""
+    grouped: Tensor = query.unflatten(1, (heads, -1))
+    return grouped.mean(2)
+
+
+def _real(mask: Tensor | None, batch: int) -> Tensor | None:
+    """(batch, all) columns that are no padding; None where none is."""
+    if mask is None:
+        return None
+    seen = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > torch.finfo(mask.dtype).min / 2
+    return seen.expand(batch, -1)
