@@ -174,7 +174,7 @@ class _Run:
                 written[n].attempts += 1
                 written[n].usage.append(reply.usage)
                 if reply.error is not None:
-                    raise ChatError(f"SEC: the chat did not write examples: {reply.error}.")
+                    raise ChatError(f"SEC: the chat did not write examples: {reply.error.rstrip('.')}.")
                 demos = parse(form, reply.text, mode, items[n])
                 if len(demos) >= method.shots:
                     written[n].demos, written[n].valid = demos[: method.shots], True

@@ -352,7 +352,7 @@ def solving(
 def read_answer(form: Format, item: Mapping[str, Any], reply: Reply) -> Answer:
     """The answer in a reply. Raises ChatError where the reply is an error."""
     if reply.error is not None:
-        raise ChatError(f"The chat did not answer: {reply.error}.")
+        raise ChatError(f"The chat did not answer: {reply.error.rstrip('.')}.")
     return Answer(answer=form.extract(reply.text, item), response=reply.text, usage=reply.usage)
 
 
