@@ -56,7 +56,7 @@ def test_sec_over_an_endpoint_from_the_command_line(server, tmp_path, capsys):
         if "similar ones with" in body["messages"][-1]["content"]:
             shown = [f"[Question{n}: a film of {n} reels\nAnswer{n}: positive]" for n in range(1, 6)]
             return reply("\n\n".join(shown))
-        return reply('"negative"' if len(body["messages"]) > 2 else '"positive"')
+        return reply('{"answer": "negative"}' if len(body["messages"]) > 2 else '"positive"')
 
     server.plays((200, {}, answer, 0))
     command = ["try", "sec", "--model", f"{server.url}#m", "--rounds", "1", "--task-set", "snippets=4", "--json"]

@@ -240,6 +240,27 @@ def test_structured_answers_are_repaired_once(server):
     assert len(server.requests) == 4
 
 
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("yes", "yes"),
+        (' "no" ', "no"),
+        ('{"answer": "yes"}', "yes"),
+        ("Yes!", None),
+        ('{"answer": 3}', None),
+        ("[]", None),
+    ],
+)
+def test_choices_are_read_as_the_server_may_put_them(server, text, parsed):
+    server.plays(reply(text))
+    request = Request(messages=({"role": "user", "content": "?"},), choices=("yes", "no"), max_tokens=1)
+    [answer] = chat(server)[0](request)
+    assert (answer.text, answer.parsed) == (text, parsed)
+    schema = server.requests[0]["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["answer"]["enum"] == ["yes", "no"]
+    assert server.requests[0]["max_tokens"] > 10
+
+
 def test_a_repair_stays_within_the_budget(server):
     server.plays(reply("never"))
     made, _ = chat(server, budget=Budget(calls=1))

@@ -18,7 +18,7 @@ from gratis.contract.errors import ParameterError, SubjectError
 from gratis.subjects.chat.formats import FORMATS, Format, format_of
 from gratis.subjects.chat.messages import BudgetError, ChatError, Reply, Request, Usage, as_request, block
 from gratis.subjects.chat.store import Replay, ResponseCache, Transcript
-from gratis.subjects.chat.structured import mismatch, parse_json
+from gratis.subjects.chat.structured import chosen, mismatch, parse_json
 
 __all__ = [
     "FORMATS",
@@ -269,8 +269,7 @@ class Chat:
             if request.response_schema is not None and reply.error is None:
                 replies[number] = self._structured(request, reply, requests)
             elif request.choices and reply.error is None and reply.parsed is None:
-                text = reply.text.strip().strip('"')
-                reply.parsed = text if text in request.choices else None
+                reply.parsed = chosen(reply.text, request.choices)
         return replies
 
     def _structured(self, request: Request, reply: Reply, sent: list[Request]) -> Reply:
@@ -353,7 +352,8 @@ def read_answer(form: Format, item: Mapping[str, Any], reply: Reply) -> Answer:
     """The answer in a reply. Raises ChatError where the reply is an error."""
     if reply.error is not None:
         raise ChatError(f"The chat did not answer: {reply.error.rstrip('.')}.")
-    return Answer(answer=form.extract(reply.text, item), response=reply.text, usage=reply.usage)
+    said = reply.parsed if form.choices(item) and isinstance(reply.parsed, str) else reply.text
+    return Answer(answer=form.extract(said, item), response=said, usage=reply.usage)
 
 
 def _fit(reply: Reply, schema: Mapping[str, Any]) -> str | None:

@@ -12,8 +12,11 @@ from typing import Any
 from gratis.contract.errors import MissingExtraError
 from gratis.subjects.chat.limits import Breaker, Failure, Gate, Pace, persistently
 from gratis.subjects.chat.messages import ChatError, Reply, Request, Usage
+from gratis.subjects.chat.structured import choice_schema
 
 RETRIED = {408, 409, 429}
+AROUND = 16
+"""Tokens that JSON takes around a choice."""
 NAME_ONE = "name one, as gratis.Chat(address, model) or address#model"
 
 
@@ -147,7 +150,9 @@ def _arguments(request: Request, model: str) -> dict[str, Any]:
         arguments |= {"logprobs": True, "top_logprobs": request.logprobs}
     schema = request.response_schema
     if request.choices:
-        schema = {"type": "string", "enum": list(request.choices)}
+        schema = choice_schema(request.choices)
+        # Room for the braces and the key around the choice.
+        arguments["max_tokens"] = max(request.max_tokens, AROUND + max(map(len, request.choices)))
     if schema is not None:
         arguments["response_format"] = {
             "type": "json_schema",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gratis.contract.errors import InputError, MissingExtraError
@@ -26,6 +26,24 @@ def parse_json(text: str) -> Any:
         except ValueError:
             continue
     raise ValueError("it holds no JSON value")
+
+
+def choice_schema(choices: Sequence[str]) -> dict[str, Any]:
+    """The JSON Schema of one of the choices; an object, because not every server takes a bare string."""
+    answer = {"type": "string", "enum": list(choices)}
+    return {"type": "object", "properties": {"answer": answer}, "required": ["answer"], "additionalProperties": False}
+
+
+def chosen(text: str, choices: Sequence[str]) -> str | None:
+    """The choice that `text` is, plain, as a JSON string or by `choice_schema`; None where it is none."""
+    said: Any = text.strip()
+    if said not in choices:
+        try:
+            said = parse_json(text)
+        except ValueError:
+            return None
+        said = said.get("answer") if isinstance(said, Mapping) else said
+    return said if isinstance(said, str) and said in choices else None
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
