@@ -176,6 +176,24 @@ def test_attentions_and_hidden_states_are_those_of_the_chosen_sample():
     torch.testing.assert_close(out.hidden_states[-1][-1][:, -1], states[-1][:, -2], atol=1e-4, rtol=1e-3)
 
 
+def test_empty_prompts_and_none():
+    model = tiny.tiny_language_model()
+    with gratis.attach(model, majority()):
+        assert model.generate(max_new_tokens=4).shape == (1, 5)
+        with pytest.raises(InputError, match="at least one token"):
+            generate(model, torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_equal_candidates_go_to_the_first():
+    model, ids = tiny.tiny_language_model(), tiny.prompt()
+    with gratis.attach(model, majority(4)) as handle:
+        out = generate(model, ids, top_k=1)
+        report = handle.report()["perplexity-pick"]
+    assert report["ranking"] == [[0, 1, 2, 3]]
+    assert report["truncated_samples"] == [[True] * 4]
+    assert torch.equal(out, generate(model, ids, do_sample=False))
+
+
 @pytest.mark.parametrize("name", ["assistant_model", "custom_generate", "past_key_values"])
 def test_what_cannot_be_combined_is_named(name):
     model, ids = tiny.tiny_language_model(), tiny.prompt()

@@ -205,6 +205,8 @@ def split_prompts(model: Any, call: Mapping[str, Any], method: str) -> list[dict
     """The call's arguments for each prompt of its batch, left padding taken off. Raises InputError."""
     prompt = next((call[name] for name in _PROMPT if isinstance(call.get(name), Tensor)), None)
     batch = 1 if prompt is None else prompt.shape[0]
+    if prompt is not None and prompt.dim() == 2 and prompt.shape[1] == 0:
+        raise InputError(f"{method} needs a prompt, and this one is empty: pass at least one token.")
     rows: list[dict[str, Any]] = []
     for row in range(batch):
         arguments = dict(call)
