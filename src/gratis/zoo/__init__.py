@@ -1,8 +1,8 @@
 """Small trained models of the standard classes that come with gratis, and the sprite world that they know.
 
 `load("sprites-classifier")` (or `gratis.open("zoo:sprites-classifier")`) returns the ecosystem's own object: a diffusers
-pipeline or model, or a transformers model. `names()` lists those that are trained; each folder under `weights/` has a README.md with
-data, figures and the command that trains the model anew.
+pipeline or model, or a transformers model. `names()` lists those that are trained; each folder under `weights/` has a
+README.md with data, figures and the command that trains the model anew.
 """
 
 from __future__ import annotations
