@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
@@ -62,16 +64,16 @@ class CacheReport:
     seen: int = 0
     stored: int = 0
     peak_bytes: int = 0
-    tokens: Tensor | None = None
+    tokens: NDArray[np.int32] | None = None
     """(layers, capacity) positions in the text of what is stored."""
 
     def values(self) -> dict[str, Any]:
         """Plain values for a report."""
-        held = self.tokens[:, : self.stored] if self.tokens is not None else torch.empty(0)
+        held = self.tokens[:, : self.stored] if self.tokens is not None else np.empty(0)
         return {
             "tokens_seen": self.seen,
             "entries_per_layer": self.stored,
-            "distinct_tokens": int(held.unique().numel()),
+            "distinct_tokens": len(np.unique(held)),
             "compactions": self.compactions,
             "peak_cache_bytes": self.peak_bytes,
         }
@@ -96,6 +98,16 @@ class _Block:
                 self.groups.append((self.rotations[start], slice(start, i)))
                 start = i
 
+    def turn(self, columns: slice, shift: int) -> None:
+        """Turn the keys of these entries by `shift` positions, in all layers."""
+        if columns.stop <= columns.start:
+            return
+        keys = self.precise if self.precise is not None else self.keys
+        for rotation, rows in self.groups:
+            rotation.turn_(keys[rows, :, :, columns], shift)
+        if self.precise is not None:
+            self.keys[:, :, :, columns] = self.precise[:, :, :, columns].to(self.keys.dtype)
+
     def fits(self, keys: Tensor, values: Tensor) -> bool:
         """Whether a layer with these new entries can live here."""
         return (
@@ -119,9 +131,34 @@ class BoundedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, cache: BoundedCache, index: int) -> None:
-        super().__init__()
         self._cache = weakref.ref(cache)
         self._index = index
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(batch, heads, stored, head_dim) as they are in memory, which is not their order; None before the first."""
+        return self._held()[0]
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        assert value is None, "the cache keeps the keys"
+
+    @property
+    def values(self) -> Tensor | None:
+        """(batch, heads, stored, head_dim), as `keys`."""
+        return self._held()[1]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        assert value is None, "the cache keeps the values"
+
+    def _held(self) -> tuple[Tensor | None, Tensor | None]:
+        cache = self._cache()
+        found = cache.held(self._index) if cache is not None else None
+        if cache is None or found is None:
+            return None, None
+        return found[::-1] if cache.turns[self._index].in_values else found
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -134,10 +171,8 @@ class BoundedLayer(CacheLayerMixin):
         cache = self._cache()
         assert cache is not None
         if cache.turns[self._index].in_values:
-            self.values, self.keys = cache.append(self._index, value_states, key_states)
-        else:
-            self.keys, self.values = cache.append(self._index, key_states, value_states)
-        return self.keys, self.values
+            return cache.append(self._index, value_states, key_states)[::-1]
+        return cache.append(self._index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         cache = self._cache()
@@ -174,7 +209,7 @@ class BoundedCache(Cache):
         self._pending = 0
         self._blocks: list[_Block] = []
         self._place: dict[int, tuple[_Block, int]] = {}
-        self._order = torch.empty(0, dtype=torch.long)
+        self._order = np.empty(0, dtype=np.int64)
 
     @property
     def evicted(self) -> bool:
@@ -190,7 +225,7 @@ class BoundedCache(Cache):
         self._pending = count
         if self._base and self._window is not None and self._base + self.stored + count > self._window:
             for block in self._blocks:
-                _turn(block, slice(0, self.stored), -self._base)
+                block.turn(slice(0, self.stored), -self._base)
             self._base = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,10 +242,16 @@ class BoundedCache(Cache):
             block.precise[row, :, :, self.stored : end] = keys
         return block.keys[row, :, :, :end], block.values[row, :, :, :end]
 
+    def held(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Views of what a layer holds, None before its first entries."""
+        if layer not in self._place:
+            return None
+        block, row = self._place[layer]
+        return block.keys[row, :, :, : self.stored], block.values[row, :, :, : self.stored]
+
     def finish(self, count: int) -> None:
         """Count the forward pass that just ended and evict what the rule evicts."""
-        old = self._order
-        self._order = torch.cat([old, torch.arange(self.stored, self.stored + count)])
+        self._order = np.concatenate([self._order, np.arange(self.stored, self.stored + count)])
         self._note_tokens(count)
         self.stored += count
         self.seen += count
@@ -224,11 +265,11 @@ class BoundedCache(Cache):
     def _note_tokens(self, count: int) -> None:
         tokens, end = self.report.tokens, self.stored + count
         if tokens is None or tokens.shape[1] < end:
-            grown = torch.zeros(len(self.layers), end + end // 4 + 64, dtype=torch.int32)
+            grown = np.zeros((len(self.layers), end + end // 4 + 64), dtype=np.int32)
             if tokens is not None:
                 grown[:, : self.stored] = tokens[:, : self.stored]
             self.report.tokens = tokens = grown
-        tokens[:, self.stored : end] = torch.arange(self.seen, self.seen + count, dtype=torch.int32)
+        tokens[:, self.stored : end] = np.arange(self.seen, self.seen + count, dtype=np.int32)
 
     def _add_block(self, layer: int, keys: Tensor, values: Tensor, end: int) -> None:
         """Memory for this layer and, where it is the first, for all that follow (unless one turns out different)."""
@@ -266,10 +307,6 @@ class BoundedCache(Cache):
         for block in self._blocks:
             if self.evicted and block.keys.shape[-2] > 2 * needed:
                 self._resize(block, needed)
-                for row, layer in enumerate(block.layers):
-                    shown = (block.keys[row, :, :, : self.stored], block.values[row, :, :, : self.stored])
-                    turned_first = not self.turns[layer].in_values
-                    self.layers[layer].keys, self.layers[layer].values = shown if turned_first else shown[::-1]
 
     def _apply(self, chosen: Selection) -> None:
         """Keep `chosen`: a few moves in memory, then one turn of the smaller side of the gap."""
@@ -277,32 +314,32 @@ class BoundedCache(Cache):
         head, removed = chosen.prefix + count, chosen.length - kept
         if not removed:
             return
-        assert bool((self._order[: chosen.prefix] == torch.arange(chosen.prefix)).all()), "a prefix is kept in order"
+        assert bool((self._order[: chosen.prefix] == np.arange(chosen.prefix)).all()), "a prefix is kept in order"
         suffix = self._order[chosen.length - chosen.suffix :]
         inside = (suffix >= head) & (suffix < kept)
-        taken = torch.zeros(kept - head, dtype=torch.bool)
-        taken[suffix[inside] - head] = True
-        movers, free = suffix[~inside], (~taken).nonzero()[:, 0] + head
-        source = self._order[chosen.middle]
-        shift = torch.arange(chosen.prefix, head) - chosen.middle
+        free = np.ones(kept - head, dtype=bool)
+        free[suffix[inside] - head] = False
+        moves = _Moves(suffix[~inside], np.flatnonzero(free) + head)
+        source = self._order[chosen.middle.numpy()]
+        shift = np.arange(chosen.prefix, head) - chosen.middle.numpy()
         turn_head = head <= chosen.suffix
         tokens = self.report.tokens
         assert tokens is not None
         for block in self._blocks:
-            rows = source[block.layers] if source.shape[0] > 1 else source
-            shifts = shift[block.layers] if shift.shape[0] > 1 else shift
-            _move(block, rows, shifts, slice(chosen.prefix, head), movers, free)
+            rows = source[block.layers] if len(source) > 1 else source
+            shifts = shift[block.layers] if len(shift) > 1 else shift
+            _move(block, rows, shifts, slice(chosen.prefix, head), moves)
             if turn_head:
-                _turn(block, slice(0, head), removed)
+                block.turn(slice(0, head), removed)
             else:
-                _turn(block, slice(head, kept), -removed)
-        middle = tokens.gather(1, source.expand(len(self.layers), -1)) if count else None
-        tokens[:, free] = tokens[:, movers]
+                block.turn(slice(head, kept), -removed)
+        middle = np.take_along_axis(tokens, np.broadcast_to(source, (len(tokens), count)), 1) if count else None
+        tokens[:, moves.free] = tokens[:, moves.movers]
         if middle is not None:
             tokens[:, chosen.prefix : head] = middle
-        moved = suffix.clone()
-        moved[~inside] = free
-        self._order = torch.cat([torch.arange(head), moved])
+        moved = suffix.copy()
+        moved[~inside] = moves.free
+        self._order = np.concatenate([np.arange(head), moved])
         self.stored = kept
         if turn_head:
             self._base += removed
@@ -346,39 +383,42 @@ class BoundedCache(Cache):
         self.stored = self.seen = self._base = 0
         self._blocks, self._place, self._order = [], {}, self._order[:0]
         for layer in self.layers:
-            layer.keys = layer.values = None
             layer.is_initialized = False
 
 
-def _turn(block: _Block, columns: slice, shift: int) -> None:
-    keys = block.precise if block.precise is not None else block.keys
-    if columns.stop <= columns.start:
-        return
-    for rotation, rows in block.groups:
-        rotation.turn_(keys[rows, :, :, columns], shift)
-    if block.precise is not None:
-        block.keys[:, :, :, columns] = block.precise[:, :, :, columns].to(block.keys.dtype)
+@dataclass(frozen=True)
+class _Moves:
+    """Entries that move to the places of evicted ones."""
+
+    movers: NDArray[np.int64]
+    free: NDArray[np.int64]
+
+    def apply(self, tensor: Tensor) -> None:
+        """Copy (…, movers, head_dim) to (…, free, head_dim)."""
+        if len(self.movers) == 1:
+            tensor[:, :, :, self.free[0]] = tensor[:, :, :, self.movers[0]]
+        elif len(self.movers):
+            movers, free = (torch.from_numpy(places).to(tensor.device) for places in (self.movers, self.free))
+            tensor[:, :, :, free] = tensor[:, :, :, movers]
 
 
-def _move(block: _Block, rows: Tensor, shifts: Tensor, head: slice, movers: Tensor, free: Tensor) -> None:
+def _move(block: _Block, rows: NDArray[np.int64], shifts: NDArray[np.int64], head: slice, moves: _Moves) -> None:
+    """Move entries to free places, and what each layer keeps of the middle to `head`, turned to its new slots."""
     layers = block.keys.shape[0]
-    device = block.keys.device
-    keys = block.precise if block.precise is not None else block.keys
-    middle = None
+    turned = block.precise if block.precise is not None else block.keys
+    middle = values = None
     if head.stop > head.start:
-        index = rows.to(device).expand(layers, -1)[:, None, None, :, None]
-        index = index.expand(layers, *keys.shape[1:3], index.shape[3], 1)
-        middle = keys.gather(3, index.expand(*index.shape[:4], keys.shape[4]))
+        index = torch.from_numpy(rows).to(turned.device).expand(layers, -1)[:, None, None, :, None]
+        index = index.expand(layers, *turned.shape[1:3], index.shape[3], 1)
+        middle = turned.gather(3, index.expand(*index.shape[:4], turned.shape[4]))
         values = block.values.gather(3, index.expand(*index.shape[:4], block.values.shape[4]))
-        turns = shifts.expand(layers, -1)[:, None, None, :]
+        turns = torch.from_numpy(shifts).expand(layers, -1)[:, None, None, :]
         for rotation, group in block.groups:
             rotation.turn_(middle[group], turns[group])
-    if movers.numel():
-        movers, free = movers.to(device), free.to(device)
-        for tensor in (block.keys, block.values, block.precise):
-            if tensor is not None:
-                tensor[:, :, :, free] = tensor[:, :, :, movers]
-    if middle is not None:
+    for tensor in (block.keys, block.values, block.precise):
+        if tensor is not None:
+            moves.apply(tensor)
+    if middle is not None and values is not None:
         block.values[:, :, :, head] = values
         block.keys[:, :, :, head] = middle.to(block.keys.dtype)
         if block.precise is not None:

@@ -47,6 +47,10 @@ def window_of(model: Any) -> int | None:
     return int(length) if isinstance(length, int) and length > 0 else None
 
 
+Angles = tuple[Tensor, Tensor, Tensor]
+"""Cosines, sines and negative sines, (pairs,) or one row per key."""
+
+
 @dataclass(frozen=True)
 class Rotation:
     """How one layer's cached keys carry their position: rotary angles, pairing and place in the head dimension.
@@ -73,24 +77,25 @@ class Rotation:
         """Turn keys `(…, length, head_dim)` in place by `shift` positions (a number, or one per key); return them."""
         if self.none:
             return keys
-        # Angles in float64: a shift of thousands of positions has too few digits left in float32.
-        frequencies = self.frequencies.double()
-        if isinstance(shift, Tensor):
-            angle = shift.cpu().double()[..., None] * frequencies
-            self._turn(keys, angle.cos().to(keys), angle.sin().to(keys))
-            return keys
-        cos, sin = (shift * frequencies).cos().to(keys), (shift * frequencies).sin().to(keys)
-        # Piece by piece, so that the four passes find what they read in the processor's cache.
-        rows = (
-            max(1, PIECE_BYTES // max(1, keys[:1].nbytes))
-            if keys.dim() > 2 and keys.device.type == "cpu"
-            else len(keys)
-        )
-        for piece in keys.split(rows) if keys.dim() > 2 else (keys,):
-            self._turn(piece, cos, sin)
+        angles = self.angles(shift, keys)
+        if isinstance(shift, Tensor) or keys.dim() < 3 or keys.device.type != "cpu":
+            return self.turn_by_(keys, angles)
+        # Piece by piece, so that the passes find what they read in the processor's cache.
+        for piece in keys.split(max(1, PIECE_BYTES // max(1, keys[:1].nbytes))):
+            self.turn_by_(piece, angles)
         return keys
 
-    def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def angles(self, shift: Tensor | float, like: Tensor) -> Angles:
+        """What turns keys by `shift`, in the dtype and on the device of `like`."""
+        # In float64: a shift of thousands of positions has too few digits left in float32.
+        frequencies = self.frequencies.double()
+        angle = shift.cpu().double()[..., None] * frequencies if isinstance(shift, Tensor) else shift * frequencies
+        cos, sin = angle.cos().to(like), angle.sin().to(like)
+        return cos, sin, -sin
+
+    def turn_by_(self, keys: Tensor, angles: Angles) -> Tensor:
+        """Turn keys `(…, length, head_dim)` in place by angles; return them."""
+        cos, sin, negative = angles
         pairs = self.frequencies.numel()
         if self.interleaved:
             first = keys[..., self.start : self.start + 2 * pairs : 2]
@@ -98,9 +103,10 @@ class Rotation:
         else:
             first = keys[..., self.start : self.start + pairs]
             second = keys[..., self.start + pairs : self.start + 2 * pairs]
-        turned = torch.mul(second, -sin)
+        turned = torch.mul(second, negative)
         second.mul_(cos).addcmul_(first, sin)
         torch.addcmul(turned, first, cos, out=first)
+        return keys
 
 
 def rotations(model: Any, method: str) -> list[Rotation]:
