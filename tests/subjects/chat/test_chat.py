@@ -59,8 +59,10 @@ def test_bad_chats():
         Chat("gpt")
     with pytest.raises(SubjectError, match="int"):
         Chat(3)
-    with pytest.raises(ParameterError, match="attempts"):
-        Chat(lambda m, **p: "", attempts=0)
+    for wrong in ({"attempts": 0}, {"requests_per_minute": 0}, {"tokens_per_minute": -1}, {"batch_tokens": 0},
+                  {"timeout_s": float("nan")}, {"cache_mode": "maybe"}):  # fmt: skip
+        with pytest.raises(ParameterError, match=next(iter(wrong))):
+            Chat(lambda m, **p: "", **wrong)
     with pytest.raises(InputError, match="empty"):
         Chat(lambda m, **p: "")(" ")
     with pytest.raises(ChatError, match="log-probabilities"):

@@ -174,6 +174,25 @@ def test_answers_of_two_servers_are_kept_apart(server, tmp_path):
     assert Chat(server.url, "m", cache=path)("q")[0].text == "one"
 
 
+def test_answers_that_came_before_an_interruption_are_kept(server, tmp_path, monkeypatch):
+    server.plays((200, {}, lambda body: reply(body["messages"][-1]["content"].upper()), 0.002))
+    made, _ = chat(server, cache=tmp_path / "c.sqlite", concurrency=2)
+    put, kept = made._cache.put, []
+
+    def interrupted(key, answer):
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+        kept.append(key)
+        put(key, answer)
+
+    monkeypatch.setattr(made._cache, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made([f"q{i}" for i in range(200)])
+    assert len(server.requests) < 100
+    again, _ = chat(server, cache=tmp_path / "c.sqlite")
+    assert all(answer.cached for answer in again([f"q{i}" for i in range(5)]))
+
+
 def test_an_endpoint_opens_by_address_and_model(server):
     from gratis.subjects import open as open_subject
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gratis.contract.errors import ParameterError, SubjectError
 from gratis.subjects.chat.formats import FORMATS, Format, format_of
@@ -34,6 +34,8 @@ __all__ = [
     "Usage",
     "block",
 ]  # fmt: skip
+
+CacheMode = Literal["on", "read", "write", "refresh", "off"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Chat:
         attempts: int = 6,
         retry_budget_s: float = 300.0,
         cache: str | os.PathLike[str] | None = None,
-        cache_mode: Literal["on", "read", "write", "refresh", "off"] = "on",
+        cache_mode: CacheMode = "on",
         transcript: str | os.PathLike[str] | None = None,
         batch_tokens: int | None = None,
         prefix_cache_mb: float = 512.0,
@@ -142,10 +144,16 @@ class Chat:
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        for name, value in {"concurrency": concurrency, "timeout_s": timeout_s, "attempts": attempts,
-                            "retry_budget_s": retry_budget_s}.items():  # fmt: skip
-            if value <= 0:
+        positive = {
+            "concurrency": concurrency, "timeout_s": timeout_s, "attempts": attempts, "retry_budget_s": retry_budget_s,
+            "requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute,
+            "batch_tokens": batch_tokens, "prefix_cache_mb": prefix_cache_mb,
+        }  # fmt: skip
+        for name, value in positive.items():
+            if value is not None and not value > 0:
                 raise ParameterError(f"Chat: {name} must be above 0, not {value}.")
+        if cache_mode not in get_args(CacheMode):
+            raise ParameterError(f"Chat: cache_mode is one of {', '.join(get_args(CacheMode))}, not {cache_mode!r}.")
         self._limits: dict[str, Any] = {
             "key": key, "concurrency": concurrency, "requests_per_minute": requests_per_minute,
             "tokens_per_minute": tokens_per_minute, "timeout_s": timeout_s, "attempts": attempts,
@@ -261,16 +269,17 @@ class Chat:
         total["cost"] = self._spent["cost"] if self._prices is not None else None
         return {**total, "by": by}
 
-    def _generate(self, requests: list[Request]) -> list[Reply]:
+    def _generate(self, requests: list[Request]) -> Iterator[Reply]:
+        """Replies in the order of the requests, each as soon as it and those before it are there."""
         if not requests:
-            return []
-        replies: list[Reply] = self.backend.generate(requests)
-        for number, (request, reply) in enumerate(zip(requests, replies, strict=True)):
+            return
+        for request, reply in zip(requests, self.backend.generate(requests), strict=True):
             if request.response_schema is not None and reply.error is None:
-                replies[number] = self._structured(request, reply, requests)
-            elif request.choices and reply.error is None and reply.parsed is None:
+                yield self._structured(request, reply, requests)
+                continue
+            if request.choices and reply.error is None and reply.parsed is None:
                 reply.parsed = chosen(reply.text, request.choices)
-        return replies
+            yield reply
 
     def _structured(self, request: Request, reply: Reply, sent: list[Request]) -> Reply:
         """Parse and validate; one repair request that shows the error, unless the reply was cut off."""
@@ -286,7 +295,7 @@ class Chat:
         except BudgetError as error:
             reply.attempts.append(f"not repaired: {error}")
             return reply
-        again: Reply = self.backend.generate([asked])[0]
+        again: Reply = next(iter(self.backend.generate([asked])))
         again.usage = _sum([reply.usage, again.usage])
         again.attempts = [*reply.attempts, f"repaired: {problem}", *again.attempts]
         self._spent["calls"] += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -81,13 +81,14 @@ class Endpoint:
             self._model = served[0]
         return self._model
 
-    def generate(self, requests: list[Request]) -> list[Reply]:
-        """Replies in the order of the requests; one that failed says why."""
+    def generate(self, requests: list[Request]) -> Iterator[Reply]:
+        """Replies in the order of the requests, as they come; one that failed says why."""
         model = self._name()
         if len(requests) == 1:
-            return [self._reply(requests[0], model)]
+            yield self._reply(requests[0], model)
+            return
         with ThreadPoolExecutor(self._concurrency) as pool:
-            return list(pool.map(lambda request: self._reply(request, model), requests))
+            yield from pool.map(lambda request: self._reply(request, model), requests)
 
     def _reply(self, request: Request, model: str) -> Reply:
         log: list[str] = []
