@@ -98,6 +98,8 @@ class MergePart:
     """One per expert."""
     cutoffs: tuple[Cutoff, ...] = ()
     """One per expert, where the method keeps a share of the largest magnitudes."""
+    measured: tuple[float, ...] = ()
+    """Sums over the whole tensor of what `measure` returned for its parts."""
     totals: dict[str, float] = field(default_factory=dict)
     """Sums over all parts that the method adds to."""
     revise: bool = False
@@ -129,6 +131,13 @@ class Merge(Method):
     def kept_share(self) -> tuple[float, str] | None:
         """Share of the largest magnitudes that `combine` needs cutoffs for, and its scope ("tensor" or "global")."""
         return None
+
+    measures: ClassVar[bool] = False
+    """Whether `combine` needs sums over whole tensors, which `measure` takes in a pass of its own."""
+
+    def measure(self, experts: list[Tensor], part: MergePart) -> Tensor:
+        """(sums,) float64 numbers of this stretch, to be summed over the tensor: norms, inner products, counts."""
+        raise NotImplementedError
 
     def prepare(self, expert: Tensor, number: int, part: MergePart) -> None:
         """Change expert `number`'s stretch in place before cutoffs are taken and before `combine`."""

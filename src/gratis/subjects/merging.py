@@ -31,6 +31,7 @@ from gratis.subjects.selection import Stretch, largest, last_tie
 
 STRETCH = 131072
 """Elements worked on at a time; a multiple of 65,536, where random streams begin anew."""
+BLOCK = 65536
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
@@ -266,10 +267,11 @@ class _Engine:
         kept = method.kept_share()
         share = 0.5 if kept else 0.0
         cutoffs = self._cutoffs(method, names, kept, lambda f: progress(share * f, "selecting")) if kept else {}
+        measured = self._measured(method, parts) if method.measures else {}
         totals: dict[str, float] = {}
         again: list[Stretch] = []
         done = 0
-        results = self._each(lambda p: self._combine(method, p, cutoffs, places, writer), parts)
+        results = self._each(lambda p: self._combine(method, p, cutoffs, measured, places, writer), parts)
         for part, result in zip(parts, results, strict=True):
             for key, value in result.totals.items():
                 totals[key] = totals.get(key, 0.0) + value
@@ -279,7 +281,7 @@ class _Engine:
             progress(share + (1 - share) * done / total, f"merging {part.tensor}")
         revised = method.revised(totals) if again else None
         if revised is not None:
-            list(self._each(lambda p: self._combine(revised, p, cutoffs, places, writer), again))
+            list(self._each(lambda p: self._combine(revised, p, cutoffs, measured, places, writer), again))
 
     def _stretches(self, name: str) -> list[Stretch]:
         elements = self._inputs.reference.places[name].elements
@@ -323,24 +325,45 @@ class _Engine:
         method: Merge,
         part: Stretch,
         cutoffs: Mapping[tuple[str, int], Cutoff],
+        measured: Mapping[str, tuple[float, ...]],
         places: Mapping[str, Any],
         writer: Any,
     ) -> MergePart:
-        *buffers, spare = self._buffers(part.count)
-        base = self._base(method, part, spare)
-        known = tuple(cutoffs[part.tensor, n] for n in range(len(buffers))) if cutoffs else ()
-        info = MergePart(part.tensor, part.start, self._inputs.weights, known)
-        for number, buffer in enumerate(buffers):
-            self._expert(method, number, part, buffer, base)
-            if not math.isfinite(buffer.sum().item()) and not bool(buffer.isfinite().all()):
-                self._refuse(part, number)
-            method.prepare(buffer, number, info)
+        known = tuple(cutoffs[part.tensor, n] for n in range(len(self._inputs.experts))) if cutoffs else ()
+        info = MergePart(part.tensor, part.start, self._inputs.weights, known, measured.get(part.tensor, ()))
+        buffers, base = self._prepared(method, part, info)
         merged = method.combine(buffers, info)
         if base is not None:
             merged = merged.add_(base)
         dtype = places[part.tensor][0]
         writer.write(part.tensor, merged if dtype == torch.float32 else merged.to(dtype), part.start)
         return info
+
+    def _prepared(self, method: Merge, part: Stretch, info: MergePart) -> tuple[list[Tensor], Tensor | None]:
+        """The experts' stretches as the method works on them, and the base's. Raises InputError."""
+        *buffers, spare = self._buffers(part.count)
+        base = self._base(method, part, spare)
+        for number, buffer in enumerate(buffers):
+            self._expert(method, number, part, buffer, base)
+            if not math.isfinite(buffer.sum().item()) and not bool(buffer.isfinite().all()):
+                self._refuse(part, number)
+            method.prepare(buffer, number, info)
+        return buffers, base
+
+    def _measured(self, method: Merge, parts: Sequence[Stretch]) -> dict[str, tuple[float, ...]]:
+        """Sums over each tensor, the same for any stretch and threads: taken block by block and added in order."""
+
+        def measure(part: Stretch) -> list[Tensor]:
+            info = MergePart(part.tensor, part.start, self._inputs.weights)
+            buffers, _ = self._prepared(method, part, info)
+            blocks = range(0, part.count, BLOCK)
+            return [method.measure([buffer[at : at + BLOCK] for buffer in buffers], info) for at in blocks]
+
+        sums: dict[str, Tensor] = {}
+        for part, found in zip(parts, self._each(measure, parts), strict=True):
+            for block in found:
+                sums[part.tensor] = sums[part.tensor] + block if part.tensor in sums else block
+        return {name: tuple(total.tolist()) for name, total in sums.items()}
 
     def _refuse(self, part: Stretch, number: int) -> None:
         for checkpoint in (self._inputs.experts[number], self._inputs.base):

@@ -160,6 +160,9 @@ def test_dropping_is_unbiased_even_for_heavy_tails():
         gratis.DARETIES(trim=0.5),
         gratis.TaskArithmetic(),
         gratis.Average(),
+        gratis.ModelStock(),
+        gratis.MagMax(),
+        gratis.Consensus(),
     ],
     ids=lambda m: m.name,
 )
