@@ -23,15 +23,17 @@ class DigitsMerging(Task):
             "digits shifted right, shifted down, and inverted; without a method, the network before fine-tuning"
         ),
         metrics=(
-            Metric(name="accuracy", help="mean over the three ways of showing digits of the share of right labels"),
+            Metric(name="accuracy", help="mean over the ways of showing digits of the share of right labels"),
             Metric(name="worst", help="accuracy on the way of showing that the merge serves worst"),
         ),
     )
 
     epochs: int = param(80, above=0, help="passes of each fine-tuning over its digits")
+    ways: int = param(3, at_least=2, at_most=3, help="ways of showing digits, and so experts")
 
     def subject(self) -> Any:
-        return experts(self.epochs)
+        base, tuned, groups = experts(self.epochs)
+        return base, tuned[: self.ways], groups[: self.ways]
 
     def applied(self, subject: Any, method: Method | None) -> AbstractContextManager[Any]:
         return _merged(subject, method)
@@ -47,12 +49,12 @@ class DigitsMerging(Task):
                 right = (_forward(weights, images).argmax(1) == labels).double().tolist()
             items.extend(right)
             shares.append(statistics.fmean(right))
-        progress(1.0, "three ways of showing digits")
+        progress(1.0, f"{len(groups)} ways of showing digits")
         return Measurement(
             metrics={"accuracy": statistics.fmean(shares), "worst": min(shares)},
             items={"accuracy": items},
-            series={"accuracy": Series([0, 1, 2], shares, "way of showing digits", "accuracy")},
-            calls=3,
+            series={"accuracy": Series(list(range(len(shares))), shares, "way of showing digits", "accuracy")},
+            calls=len(groups),
         )
 
 

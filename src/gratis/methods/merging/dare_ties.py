@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
 from gratis.methods.merging.dare import drop
@@ -31,6 +31,16 @@ class DARETIES(Merge):
         unchanged_when={"scale": 0.0},
         examples={"density": 0.5},
         limits="As for DARE and TIES.",
+        claims=(
+            Claim(
+                name="one model serves three ways of showing digits better than the base does",
+                task="digits-merging",
+                metric="accuracy",
+                compare="difference",
+                at_least=0.05,
+                parameters={"density": 0.5},
+            ),
+        ),
     )
 
     density: float = param(0.5, above=0, at_most=1, help="probability that an entry is kept", search=(0.05, 1.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
 
@@ -27,6 +27,16 @@ class MagMax(Merge):
         unchanged_when={"scale": 0.0},
         examples={"scale": 0.5},
         limits="Made for experts that were tuned one after the other; unrelated ones conflict.",
+        claims=(
+            Claim(
+                name="one model serves three ways of showing digits better than the base does",
+                task="digits-merging",
+                metric="accuracy",
+                compare="difference",
+                at_least=0.05,
+                parameters={"scale": 1.0},
+            ),
+        ),
     )
 
     scale: float = param(0.5, at_least=0, help="factor of the merged change (lambda)", search=(0.1, 1.5))

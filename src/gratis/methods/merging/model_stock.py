@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
@@ -32,6 +32,16 @@ class ModelStock(Merge):
         examples={"clamp": True},
         differs="The ratio is kept between 0 and 1; released code lets it leave that range where changes are opposed.",
         limits="For runs of one fine-tuning; experts of different tasks are nearly orthogonal, which returns the base.",
+        claims=(
+            Claim(
+                name="experts of different tasks disagree, so it stays near the base: at most 0.05 above it",
+                task="digits-merging",
+                metric="accuracy",
+                compare="difference",
+                at_most=0.05,
+                parameters={},
+            ),
+        ),
     )
     measures = True
 

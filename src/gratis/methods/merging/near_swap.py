@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
@@ -28,6 +28,17 @@ class NearSwap(Merge):
         unchanged_when={"t": 0.0},
         examples={"t": 0.001},
         limits="Exactly two models. Weights of the call are not used.",
+        claims=(
+            Claim(
+                name="steps of 0.05 towards a second expert serve its digits too: 0.1 above the base",
+                task="digits-merging",
+                metric="accuracy",
+                compare="difference",
+                at_least=0.1,
+                task_parameters={"ways": 2},
+                parameters={"t": 0.05},
+            ),
+        ),
     )
     needs_base = False
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
@@ -34,6 +34,18 @@ class SLERP(Merge):
         unchanged_when={"t": 0.0},
         examples={"t": 0.5},
         limits="Exactly two models. Weights of the call are not used; t says where between them.",
+        claims=(
+            Claim(
+                name="half-way between two experts it is as good as their mean, within 0.02",
+                task="digits-merging",
+                metric="accuracy",
+                compare="difference",
+                at_least=-0.02,
+                against="average",
+                task_parameters={"ways": 2},
+                parameters={"t": 0.5},
+            ),
+        ),
     )
     needs_base = False
     measures = True
