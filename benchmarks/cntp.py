@@ -1,0 +1,138 @@
+"""Cautious next token prediction: what a cautious segment costs beside a single trial, and a text beside sampling.
+
+    OMP_NUM_THREADS=1 python benchmarks/cntp.py
+
+On the embedded language model, one thread. Trials of one length after the same prefix, in turns: one, five side by side
+on the prefix's own cache, and five as rows of a copied cache. Then whole responses beside plain sampling. Writes
+benchmarks/results/cntp.json.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from measuring import store
+from rich.progress import track
+from transformers import DynamicCache, GenerationConfig
+
+import gratis
+from gratis import subjects
+from gratis.subjects import branching
+from gratis.subjects.branching import Text
+from gratis.subjects.text import documentation, tokens_of
+
+TRIALS, LENGTH, ROUNDS, PREFIXES = 5, 12, 9, (128, 512, 2048)
+NEW, TEMPERATURE = 64, 0.8
+
+
+def begun(model: Any, ids: torch.Tensor) -> Text:
+    """A text that was read up to its end."""
+    config = GenerationConfig()
+    config.prefill_chunk_size = None
+    text = Text(model, ids, config, {"past_key_values": DynamicCache(config=model.config), "use_cache": True})
+    text.read()
+    return text
+
+
+def segment(text: Text, trials: int, shared: bool) -> float:
+    """CPU seconds of `trials` trials of LENGTH tokens; the text is put back as it was."""
+    ids, kwargs, pending = text.ids, dict(text._kwargs), text._pending
+    start = ids.shape[1]
+    known, branching.heeds_branches = branching.heeds_branches, lambda model: shared
+    text._heeds = None
+
+    def done(texts: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(texts),), texts.shape[1] - start >= LENGTH)
+
+    begin = time.process_time()
+    text.branch(torch.arange(100, 100 + trials), lambda branches, texts, logits: logits.argmax(-1), done, float)
+    took = time.process_time() - begin
+    branching.heeds_branches = known
+    text.cache.crop(start - text.cache.get_seq_length())
+    text.ids, text._kwargs, text._pending = ids, kwargs, pending
+    return took
+
+
+def segments(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Seconds per cautious segment by prefix, and their ratio to a single trial's."""
+    assert branching.heeds_branches(model), "the embedded model decodes branches side by side"
+    arms = {"one trial": (1, True), "five side by side": (TRIALS, True), "five as copies": (TRIALS, False)}
+    found = {}
+    for prefix in PREFIXES:
+        text = begun(model, tokens_of(tokenizer, documentation(), prefix))
+        seen: dict[str, list[float]] = {name: [] for name in arms}
+        for number in track(range(ROUNDS + 1), description=f"segments after {prefix} tokens"):
+            for name, (trials, shared) in arms.items():
+                took = segment(text, trials, shared)
+                if number:
+                    seen[name].append(took)
+        middle = {name: statistics.median(values) for name, values in seen.items()}
+        pairs = zip(seen["five side by side"], seen["one trial"], strict=True)
+        found[f"{prefix} tokens"] = {
+            **{f"{name}, CPU s": round(value, 3) for name, value in middle.items()},
+            "side by side over one": round(statistics.median(a / b for a, b in pairs), 2),
+            "copies over one": round(middle["five as copies"] / middle["one trial"], 2),
+        }
+    return found
+
+
+def responses(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """CPU seconds per token of the response beside sampling, on openings of paragraphs of documentation."""
+    texts = [part for part in documentation().split("\n\n") if len(part) > 400][:6]
+    prompts = [tokenizer(text[:200], return_tensors="pt")["input_ids"] for text in texts]
+    arms = {
+        "sampling": gratis.Sampling(temperature=TEMPERATURE),
+        "cntp": gratis.CNTP(temperature=TEMPERATURE),
+        "cntp, at most 5 trials": gratis.CNTP(temperature=TEMPERATURE, max_trials=5),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    counts: dict[str, list[int]] = {name: [0, 0, 0] for name in arms}
+    for prompt in track(prompts, description="responses"):
+        for name, method in arms.items():
+            torch.manual_seed(0)
+            with gratis.attach(model, method) as handle:
+                begin = time.process_time()
+                out = model.generate(
+                    input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW
+                )
+                seconds[name].append((time.process_time() - begin) / (out.shape[1] - prompt.shape[1]))
+                report = handle.report()[method.name]
+            for place, value in enumerate(
+                (out.shape[1] - prompt.shape[1], report["generated_tokens"], sum(report.get("cautious_tokens", [0])))
+            ):
+                counts[name][place] += value
+    return {
+        name: {
+            "CPU s per token": round(statistics.median(seconds[name]), 4),
+            "over sampling": round(
+                statistics.median(a / b for a, b in zip(seconds[name], seconds["sampling"], strict=True)), 2
+            ),
+            "tokens drawn per token kept": round(counts[name][1] / counts[name][0], 2),
+            "share of tokens in cautious segments": round(counts[name][2] / counts[name][0], 2),
+        }
+        for name in arms
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model = gratis.open("smollm2")
+    tokenizer = subjects.tokenizer_of(model)
+    with torch.no_grad():
+        store(
+            "cntp",
+            {
+                "repeat": "OMP_NUM_THREADS=1 python benchmarks/cntp.py",
+                "trials": TRIALS,
+                "tokens per trial": LENGTH,
+                "a cautious segment, by prefix": segments(model, tokenizer),
+                "whole responses": responses(model, tokenizer),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
