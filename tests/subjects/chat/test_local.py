@@ -136,6 +136,13 @@ def test_nothing_read_by_other_weights_is_used_again(tiny_chats, tmp_path):
     assert [a.text for a in changed] == [a.text for a in Chat(model)(sharing())]
     with torch.no_grad():
         weight[3, 5] = kept
+        values = model.model.layers[0].self_attn.v_proj.weight
+        values.neg_()
+    changed = [a.text for a in made(sharing())]
+    assert changed == [a.text for a in Chat(model)(sharing())]
+    assert changed != before
+    with torch.no_grad():
+        values.neg_()
     assert made.backend.model == name
     assert [a.text for a in made(sharing())] == before
     assert made(chosen)[0].cached

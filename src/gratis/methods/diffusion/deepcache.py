@@ -23,9 +23,6 @@ from gratis.subjects.diffusion import CallCounter, ReplacedForward, UNetLayers, 
 FEW_CALLS = 20
 """Below as many calls per generation, neighbouring ones are too different to share features."""
 
-ENTRY_NAMES = ("input_tensor", "hidden_states")
-"""What diffusers' residual layers call their input."""
-
 
 class DeepCache(Attachable):
     """Nearly the same picture in a fraction of the time: most steps run only the U-Net's shallow layers.
@@ -250,13 +247,13 @@ def _replace_layers(layers: UNetLayers, skip: int, sampling: _Sampling, scope: S
 
     def enter(forward: Any, args: Any, kwargs: Any) -> Any:
         # The input is hidden state and skip tensor, concatenated along the channels; video U-Nets pass it by name.
-        joined = args[0] if args else kwargs[name := next(n for n in ENTRY_NAMES if n in kwargs)]
+        joined = args[0] if args else kwargs["input_tensor"]
         channels = joined.shape[1] - sampling.skip_channels
         if sampling.whole:
             sampling.keep(joined[:, :channels])
         else:
             joined = torch.cat([sampling.kept[sampling.context], joined[:, channels:]], dim=1)
-        return forward(joined, *args[1:], **kwargs) if args else forward(**{**kwargs, name: joined})
+        return forward(joined, *args[1:], **kwargs) if args else forward(**{**kwargs, "input_tensor": joined})
 
     ReplacedForward(layers.down[skip].modules[-1], "DeepCache", measure_skip, scope)
     ReplacedForward(layers.up[entry].first, "DeepCache", enter, scope)

@@ -223,10 +223,7 @@ class LocalModel:
             score = first[tail[0]].item()
             if len(tail) > 1:
                 cache = copy.deepcopy(out.past_key_values)
-                # Recurrent layers go on from their state by one token at a time.
-                steps = [tail[:-1]] if self._batches else [[token] for token in tail[:-1]]
-                read = [self._model(input_ids=torch.tensor([s], device=device), past_key_values=cache) for s in steps]
-                after = torch.cat([one.logits[0] for one in read])
+                after = self._model(input_ids=torch.tensor([tail[:-1]], device=device), past_key_values=cache).logits[0]
                 picked = after.float().log_softmax(-1).gather(1, torch.tensor(tail[1:], device=device)[:, None])
                 score += picked.sum().item()
             scores.append(score)
