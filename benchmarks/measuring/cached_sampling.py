@@ -1,25 +1,29 @@
-"""Sampling with DeepCache, in a process of its own: prints one line of JSON and saves the latents.
+"""Sampling with DeepCache and with its authors' package, in one process: prints one line of JSON.
 
-python cached_sampling.py {gratis|deepcache} FOLDER STEPS. The same random U-Net of Stable Diffusion's shape with a
-fifth of its width in both environments; FOLDER/latents-ARM.pt receives the final latents by interval and branch.
+python cached_sampling.py SITE STEPS ROUNDS. SITE is the folder of packages that holds `DeepCache`; everything else comes
+from the running environment, so that both arms call the same torch and diffusers. Each arm has its own pipeline with the
+same random weights: a U-Net of Stable Diffusion's shape with a fifth of its width.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-ARM, FOLDER, STEPS = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-SETTINGS = ((1, 0), (2, 0), (3, 0), (5, 0), (3, 1), (3, 2))
+import gratis
+
+SITE, STEPS, ROUNDS = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+SETTINGS = ((2, 0), (3, 0), (5, 0), (3, 1), (3, 2))
 """Interval and branch (down layers that still run)."""
+ARMS = ("gratis", "deepcache")
 
 
 def pipeline() -> Any:
@@ -46,12 +50,8 @@ def pipeline() -> Any:
 
 
 @contextlib.contextmanager
-def cached(pipe: Any, interval: int, branch: int) -> Iterator[None]:
-    if interval == 1:
-        yield
-    elif ARM == "gratis":
-        import gratis
-
+def cached(arm: str, pipe: Any, interval: int, branch: int) -> Iterator[None]:
+    if arm == "gratis":
         with gratis.attach(pipe, gratis.DeepCache(interval=interval, skip=branch)):
             yield
     else:
@@ -66,25 +66,46 @@ def cached(pipe: Any, interval: int, branch: int) -> Iterator[None]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    pipe = pipeline()
+    sys.path.append(SITE)
+    pipes = {arm: pipeline() for arm in (*ARMS, "untouched")}
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randn(1, 77, 192, generator=generator) for _ in range(2)]
 
-    def sample() -> tuple[torch.Tensor, float]:
+    def sample(arm: str) -> tuple[torch.Tensor, float]:
         begin = time.process_time()
-        latents = pipe(
+        latents = pipes[arm](
             prompt_embeds=texts[0], negative_prompt_embeds=texts[1], num_inference_steps=STEPS, guidance_scale=7.5,
             height=256, width=256, generator=torch.Generator().manual_seed(0), output_type="latent",
         ).images  # fmt: skip
         return latents, time.process_time() - begin
 
-    sample()
-    found, seconds = {}, {}
+    whole, _ = sample("untouched")
+    seconds: dict[str, list[float]] = {"untouched": []}
+    found: dict[str, torch.Tensor] = {}
+    for number in range(ROUNDS + 1):
+        _, spent = sample("untouched")
+        if number:
+            seconds["untouched"].append(spent)
+        for interval, branch in SETTINGS:
+            for arm in ARMS if number % 2 else ARMS[::-1]:
+                key = f"{arm} {interval} {branch}"
+                with cached(arm, pipes[arm], interval, branch):
+                    found[key], spent = sample(arm)
+                if number:
+                    seconds.setdefault(key, []).append(spent)
+    rows = []
     for interval, branch in SETTINGS:
-        with cached(pipe, interval, branch):
-            found[f"{interval} {branch}"], seconds[f"{interval} {branch}"] = sample()
-    torch.save(found, FOLDER / f"latents-{ARM}.pt")
-    print(json.dumps(seconds))
+        ours, theirs = (found[f"{arm} {interval} {branch}"] for arm in ARMS)
+        rows.append(
+            {
+                "interval": interval,
+                "branch": branch,
+                **{arm: statistics.median(seconds[f"{arm} {interval} {branch}"]) for arm in ARMS},
+                "difference": float((ours - theirs).abs().max()),
+                "change": float((ours - whole).norm() / whole.norm()),
+            }
+        )
+    print(json.dumps({"untouched": statistics.median(seconds["untouched"]), "rows": rows}))
 
 
 main()
