@@ -332,3 +332,19 @@ def test_warnings_meant_for_people_are_one_line(capsys):
         warnings.warn("this may take hours", GratisWarning, stacklevel=1)
         warnings.warn("this is for developers", UserWarning, stacklevel=1)
     assert capsys.readouterr().err == "gratis: this may take hours\n"
+
+
+def test_errors_that_come_of_an_interrupt_are_one(monkeypatch, capsys):
+    from gratis import cli
+    from gratis.cli import commands
+
+    def interrupted(*args, **kwargs):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("a library's own words") from error
+
+    monkeypatch.setattr(commands, "app", object())
+    monkeypatch.setattr("typer.main.get_command", interrupted)
+    assert cli.run(["methods"]) == 130
+    assert "interrupted" in capsys.readouterr().err

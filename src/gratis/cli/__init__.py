@@ -47,6 +47,8 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if _follows_interrupt(error):
+            return _say("interrupted; what was being written was left out.", INTERRUPTED)
         if debug:
             import traceback
 
@@ -59,6 +61,15 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, OSError):
             return _say(f"{error.filename or 'the system'}: {(error.strerror or str(error)).lower()}.", REFUSED)
         return _say(f"{type(error).__name__}: {_line(error)} (--debug shows where)", UNFORESEEN)
+
+
+def _follows_interrupt(error: BaseException | None) -> bool:
+    """Whether an error came of Ctrl-C: libraries turn an interrupted import or callback into errors of their own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _usage(error: Any) -> int:
