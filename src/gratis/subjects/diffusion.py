@@ -63,32 +63,53 @@ class UNetLayers:
     """`down[0]` is the input convolution; then one per residual layer and per downsampler."""
     middle: list[nn.Module]
     up: list[Layer]
-    after: dict[int, list[nn.Module]]
-    """Upsamplers by the position of the up layer that they follow."""
+    down_blocks: list[tuple[nn.Module, range]]
+    """Blocks with the positions in `down` of their layers."""
+    up_blocks: list[tuple[nn.Module, range]]
+    """Blocks with the positions in `up` of their layers."""
+
+    def deeper_than(self, skip: int) -> list[nn.Module]:
+        """What neither makes skip tensors 0 to `skip` nor comes after their use: whole blocks where it can be."""
+        entry = len(self.up) - 1 - skip
+        deep = list(self.middle)
+        for block, places in self.down_blocks:
+            if places[0] > skip:
+                deep.append(block)
+            else:
+                deep += [module for place in places if place > skip for module in self.down[place].modules]
+        for block, places in self.up_blocks:
+            if places[-1] < entry:
+                deep.append(block)
+            else:
+                deep += [module for place in places if place < entry for module in self.up[place].modules]
+        return deep
 
 
 def unet_layers(unet: nn.Module, method: str) -> UNetLayers:
     """The layers of `unet` in the order of its skip connections. Raises SubjectError naming a block that has others."""
     down = [Layer([unet.get_submodule("conv_in")])]
+    down_blocks: list[tuple[nn.Module, range]] = []
     for block in unet.get_submodule("down_blocks").children():
         _refuse_block(block, method)
+        first = len(down)
         down.extend(_block_layers(block))
         if getattr(block, "downsamplers", None) is not None:
             down.append(Layer(list(block.downsamplers)))  # type: ignore[arg-type]
+        down_blocks.append((block, range(first, len(down))))
     up: list[Layer] = []
-    after: dict[int, list[nn.Module]] = {}
+    up_blocks: list[tuple[nn.Module, range]] = []
     for block in unet.get_submodule("up_blocks").children():
         _refuse_block(block, method)
+        first = len(up)
         up.extend(_block_layers(block))
-        if getattr(block, "upsamplers", None) is not None:
-            after[len(up) - 1] = list(block.upsamplers)  # type: ignore[arg-type]
+        up_blocks.append((block, range(first, len(up))))
     if len(up) != len(down):
         raise SubjectError(
             f"{method} needs one up layer per skip connection; this {type(unet).__name__} has {len(up)} up layers for "
             f"{len(down)} skips."
         )
     middle = getattr(unet, "mid_block", None)
-    return UNetLayers(down, [middle] if middle is not None else [], up, after)
+    return UNetLayers(down, [middle] if middle is not None else [], up, down_blocks, up_blocks)
 
 
 def _refuse_block(block: nn.Module, method: str) -> None:
@@ -205,7 +226,7 @@ class CallCounter:
             self._in_step = 0
         self._fresh, self._signature, self._timestep = False, signature, value
         if not self._schedulers:
-            self._sample, self._condition = sample.detach(), condition
+            self._sample, self._condition = sample.detach(), _kept(condition)
         context = self._in_step
         self._in_step += 1
         index = self._counts.get(context, 0)
@@ -241,6 +262,13 @@ class CallCounter:
 
         self._scope.set_attribute(scheduler, "step", counted_step)
         self._scope.set_attribute(scheduler, "set_timesteps", fresh_timesteps)
+
+
+def _kept(condition: Any) -> Any:
+    """The condition with its lists as they are now: diffusers empties some of them during the call."""
+    if isinstance(condition, Mapping):
+        return {key: _kept(value) for key, value in condition.items()}
+    return tuple(map(_kept, condition)) if isinstance(condition, (tuple, list)) else condition
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -332,6 +332,25 @@ def test_control_residuals_reach_the_skips_that_run():
         assert torch.equal(unet(x, 500, text, **options).sample, plain)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [0, 2, 5])
+def test_adapters_write_into_hidden_states(skip):
+    unet = tiny.tiny_unet()
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 7, 16)
+    sizes = [(1, 16, 16, 16), (1, 32, 8, 8), (1, 32, 4, 4)]
+    features = [0.3 * torch.randn(size) for size in sizes]
+
+    def call():
+        return unet(x, 500, text, down_intrablock_additional_residuals=[f.clone() for f in features]).sample
+
+    plain = call()
+    assert not torch.equal(plain, unet(x, 500, text).sample)
+    with gratis.attach(unet, gratis.DeepCache(interval=2, skip=skip)) as handle:
+        assert torch.equal(call(), plain)
+        assert torch.equal(call(), plain)
+        assert handle.report()["deepcache"]["shallow_calls"] == 1
+
+
 def test_it_comes_off_in_any_order_with_other_hooks():
     from diffusers.hooks import HookRegistry, ModelHook
 

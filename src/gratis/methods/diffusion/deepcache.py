@@ -160,7 +160,7 @@ class _Sampling:
         self.context = 0
         self.whole = True
         self.writable = False
-        """Whether blocks write into the hidden state in place, as diffusers' FreeU does."""
+        """Whether something writes into the hidden state in place, as diffusers' FreeU and its adapters do."""
         self._keys: frozenset[int] = frozenset()
         self._warned: set[str] = set()
         self._calls = self._whole = self._peak = 0
@@ -173,7 +173,8 @@ class _Sampling:
         inputs = {**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs}
         condition = (*args[2:], *(kwargs[name] for name in sorted(kwargs) if name not in ("sample", "timestep")))
         self.context, index, starts = self._counter.next(inputs["sample"], inputs["timestep"], condition)
-        self.writable = any(getattr(block, "s1", None) for block in unet.up_blocks)
+        free_u = any(getattr(block, "s1", None) for block in unet.up_blocks)
+        self.writable = free_u or kwargs.get("down_intrablock_additional_residuals") is not None
         if starts:
             self.kept.clear()
             self.outputs.clear()
@@ -234,10 +235,7 @@ class _Sampling:
 def _replace_layers(layers: UNetLayers, skip: int, sampling: _Sampling, scope: Scope) -> None:
     """Let deep modules return placeholders in between, and feed the entry layer what was kept."""
     entry = len(layers.up) - 1 - skip
-    deep = [m for layer in layers.down[skip + 1 :] for m in layer.modules] + layers.middle
-    deep += [m for layer in layers.up[:entry] for m in layer.modules]
-    deep += [m for position, modules in layers.after.items() if position < entry for m in modules]
-    for number, module in enumerate(deep):
+    for number, module in enumerate(layers.deeper_than(skip)):
         ReplacedForward(module, "DeepCache", _placeholder(number, sampling), scope)
 
     def measure_skip(forward: Any, args: Any, kwargs: Any) -> Any:
@@ -260,22 +258,32 @@ def _replace_layers(layers: UNetLayers, skip: int, sampling: _Sampling, scope: S
 
 
 def _placeholder(number: int, sampling: _Sampling) -> Callable[..., Any]:
-    """A forward that runs in whole calls, and otherwise returns zeros of the recorded shape that take no memory."""
+    """A forward that runs in whole calls, and otherwise returns zeros of the recorded shapes that take no memory."""
 
     def act(forward: Any, args: Any, kwargs: Any) -> Any:
         key = (sampling.context, number)
         if sampling.whole:
             out = forward(*args, **kwargs)
-            tensor = _tensor(out)
-            sampling.outputs[key] = (tensor.shape, tensor.dtype, tensor.device, not isinstance(out, torch.Tensor))
+            sampling.outputs[key] = _shapes(out)
             return out
-        shape, dtype, device, packed = sampling.outputs[key]
-        empty = torch.zeros(1, dtype=dtype, device=device).expand(shape)
-        if sampling.writable:
-            empty = empty.clone()
-        return (empty,) if packed else empty
+        return _zeros(sampling.outputs[key], sampling.writable)
 
     return act
+
+
+def _shapes(out: Any) -> Any:
+    """Shape, dtype and device of each tensor of a module's output, in the output's own nesting of tuples."""
+    if isinstance(out, torch.Tensor):
+        return torch.empty_like(out, device="meta"), out.device
+    return tuple(_shapes(part) for part in out)
+
+
+def _zeros(shapes: Any, writable: bool) -> Any:
+    if isinstance(shapes[0], torch.Tensor):
+        like, device = shapes
+        empty = torch.zeros(1, dtype=like.dtype, device=device).expand(like.shape)
+        return empty.clone() if writable else empty
+    return tuple(_zeros(part, writable) for part in shapes)
 
 
 def _tensor(out: Any) -> torch.Tensor:
