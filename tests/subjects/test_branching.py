@@ -85,8 +85,9 @@ def test_models_that_decode_branches_as_one_row(name):
     assert heeds_branches(build(name))
 
 
-def test_a_model_that_builds_its_own_mask_does_not():
-    assert not heeds_branches(build("bloom"))
+@pytest.mark.parametrize("name", ["bloom", "gpt_neo", "mistral"])
+def test_models_with_a_mask_or_a_window_of_their_own_do_not(name):
+    assert not heeds_branches(build(name))
 
 
 def test_what_the_trial_finds_is_the_mask():

@@ -18,6 +18,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils.generic import ModelOutput
 
 from gratis.contract.errors import InputError
+from gratis.subjects.language import text_config
 from gratis.subjects.sampling_loop import can_repeat
 
 Draw = Callable[[list[int], Tensor, Tensor], Tensor]
@@ -288,8 +289,12 @@ _PROBE_TOLERANCE = 1e-3
 def heeds_branches(model: Any) -> bool:
     """Whether `model` gives branches side by side the logits that each has alone: tried on a few tokens.
 
-    Models that build their own mask or positions do not; what was found is remembered with the model's kind.
+    Models that build their own mask or positions do not; what was found is remembered with the model's kind. A window
+    that a model lays over the mask by itself shows only in long texts: a configuration that names one is enough.
     """
+    config = text_config(model)
+    if any(isinstance(getattr(config, name, None), int) for name in _WINDOWS):
+        return False
     key = (type(model), getattr(model.config, "_attn_implementation", None), repr(model.config.to_dict()), model.dtype)
     if key not in _heeds:
         try:
@@ -300,6 +305,8 @@ def heeds_branches(model: Any) -> bool:
     return _heeds[key]
 
 
+_WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size", "local_attention_window")
+"""Settings by which some layers see only the end of a text."""
 _heeds: dict[tuple[Any, ...], bool] = {}
 
 
