@@ -232,7 +232,9 @@ def _general(reason: str) -> str:
         reason,
     )
     reason = re.sub(r"\bthis the model\b", "the model", reason)
-    return re.sub(r"^(LaCache|SlidingWindow|An attention function)\b", "It", reason)
+    names = "|".join([*(entry.class_name for entry in catalogue.entries.values()), "An attention function"])
+    reason = re.sub(rf"^({names}) ", "It ", re.sub(rf"^({names}): ", "", reason))
+    return reason[:1].upper() + reason[1:]
 
 
 def _rows(rows: Sequence[dict[str, Any]]) -> str:

@@ -177,7 +177,7 @@ def _cached(model: Any, method: str, position: int) -> list[tuple[Tensor, Tensor
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
         raise SubjectError(
             f"{method} needs a model that takes position_ids and a cache; {type(model).__name__} does not: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}."
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}."
         ) from error
     used = getattr(out, "past_key_values", None)
     if used is not cache or not cache.layers:
@@ -201,7 +201,9 @@ def _in_words(layer: str) -> str:
         "LinearAttentionLayer": "recurrent layer",
         "DynamicIndexedLayer": "sparse-index layer",
         "DummyLayer": "layer without a cache of its own",
-    }.get(layer, layer)
+        "LinearAttentionAndFullAttentionLayer": "layer that is recurrent besides",
+        "LinearAttentionAndSlidingWindowAttentionLayer": "layer that is recurrent besides",
+    }.get(layer, f"layer of its own kind ({layer})")
 
 
 def _candidates(model: nn.Module, head_dim: int) -> list[Tensor]:
