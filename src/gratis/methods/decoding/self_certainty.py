@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gratis.contract.attach import Scope
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError, ParameterError
 from gratis.contract.method import Decoding
 from gratis.contract.parameters import param
@@ -57,7 +57,53 @@ class SelfCertainty(Decoding):
         ),
         limits=(
             "Confidently wrong or looping text scores high (`max_repetition` ranks loops last). It costs N times the "
-            "generated tokens. Below a model's ability it picks little better than chance."
+            "generated tokens. Below a model's ability the highest score is no better than a random pick, and prefers "
+            "longer responses; a vote still helps there, weighted or not."
+        ),
+        claims=(
+            Claim(
+                name="votes weighted by rank beat a random pick of the same eight responses to small sums (mean score)",
+                task="sample-choice",
+                metric="gain",
+                at_least=0.05,
+                parameters={"samples": 8, "select": "borda", "answer": "number"},
+                task_parameters={"size": 12},
+            ),
+            Claim(
+                name="that vote is about as good as a plain majority of as many responses: at most 0.1 worse",
+                task="sample-choice",
+                metric="first_accuracy",
+                compare="difference",
+                at_least=-0.1,
+                against="majority-vote",
+                against_parameters={"samples": 8},
+                parameters={"samples": 8, "select": "borda", "answer": "number"},
+                task_parameters={"size": 12},
+            ),
+            Claim(
+                name="the highest score alone picks about as a random pick does there: at most 0.15 worse",
+                task="sample-choice",
+                metric="gain",
+                at_least=-0.15,
+                parameters={"samples": 8, "answer": "number"},
+                task_parameters={"size": 12},
+            ),
+            Claim(
+                name="it prefers longer responses there, but moderately (rank correlation of place with length)",
+                task="sample-choice",
+                metric="length_correlation",
+                at_most=0.6,
+                parameters={"samples": 8, "answer": "number"},
+                task_parameters={"size": 12},
+            ),
+            Claim(
+                name="scores taken while generating are those of a second, teacher-forced pass (largest difference)",
+                task="sample-choice",
+                metric="rescored_difference",
+                at_most=0.001,
+                parameters={"samples": 8, "answer": "number"},
+                task_parameters={"size": 12},
+            ),
         ),
     )
 
