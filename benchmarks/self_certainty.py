@@ -59,12 +59,14 @@ def main() -> None:
         score(model, ids, list(drawn["all"][:, PROMPT:]))
 
     recording: list[float] = []
+    held: dict[str, int] = {}
     call = Recorder.__call__
 
     def timed(self: Recorder, input_ids: Any, scores: Any) -> Any:
         begin = time.process_time()
         result = call(self, input_ids, scores)
         recording.append(time.process_time() - begin)
+        held["bytes"] = sum(step.untyped_storage().nbytes() for step in self.steps)
         return result
 
     Recorder.__call__ = timed  # type: ignore[method-assign]
@@ -103,7 +105,7 @@ def main() -> None:
             "second pass, share of generation": round(
                 middle["second pass over the responses"] / middle["self-certainty"], 3
             ),
-            "kept while generating, bytes": SAMPLES * NEW * 4,
+            "kept while generating, bytes": held["bytes"],
             "logits of all steps would be, bytes": SAMPLES * NEW * vocabulary * 4,
         },
     )
