@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils.generic import ModelOutput
 
-from gratis.contract.errors import InputError
+from gratis.contract.errors import InputError, SubjectError
 from gratis.subjects.language import text_config
 from gratis.subjects.sampling_loop import can_repeat
 
@@ -30,6 +30,26 @@ Done = Callable[[Tensor], Tensor]
 """`done(ids)`: which of the texts (count, length) end with their last token; (count,) bool."""
 Worth = Callable[[int], float]
 """`worth(branch)` of a branch that is complete: the highest is kept, the first of equal ones."""
+
+
+@torch.no_grad()
+def check_continues(model: Any, method: str) -> None:
+    """Raise SubjectError where a model cannot read several tokens at once after what its cache holds."""
+    if model.config.is_encoder_decoder:
+        return
+    tokens = torch.ones(1, 3, dtype=torch.long, device=model.device)
+    cache = next(
+        (out for name in ALL_CACHE_NAMES if (out := getattr(model(tokens[:, :1]), name, None)) is not None), None
+    )
+    if not isinstance(cache, Cache):
+        return
+    try:
+        model(tokens[:, 1:], past_key_values=cache, use_cache=True)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise SubjectError(
+            f"{method} reads several tokens at once after a cache; {type(model).__name__} cannot: {first}."
+        ) from error
 
 
 class Text:

@@ -113,7 +113,7 @@ class ZeroTuning(Attachable):
             scaling = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5
             longer = extended(query, key, value, own, at, scaling)
             output, weights = inner(module, *longer, mask, scaling=scaling, **kwargs)
-            return output[..., : value.shape[-1]], weights
+            return output[..., : value.shape[-1]].contiguous(), weights
 
         return attend
 

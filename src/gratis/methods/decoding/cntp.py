@@ -19,7 +19,7 @@ from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.contract.method import Decoding
 from gratis.contract.parameters import param
-from gratis.subjects.branching import Text
+from gratis.subjects.branching import Text, check_continues
 from gratis.subjects.generate_door import Choice, check_generates, install_choice
 from gratis.subjects.opening import tokenizer_of
 from gratis.subjects.sampling_loop import Samples, perturbed
@@ -105,6 +105,7 @@ class CNTP(Decoding):
 
     def check(self, subject: Any) -> None:
         check_generates(subject, "CNTP")
+        check_continues(subject, "CNTP")
         if self.stop_tokens is None:
             self._marks(tokenizer_of(subject))
 
