@@ -38,13 +38,12 @@ def check_continues(model: Any, method: str) -> None:
     if model.config.is_encoder_decoder:
         return
     tokens = torch.ones(1, 3, dtype=torch.long, device=model.device)
-    cache = next(
-        (out for name in ALL_CACHE_NAMES if (out := getattr(model(tokens[:, :1]), name, None)) is not None), None
-    )
+    read = model(input_ids=tokens[:, :1])
+    cache = next((held for name in ALL_CACHE_NAMES if (held := getattr(read, name, None)) is not None), None)
     if not isinstance(cache, Cache):
         return
     try:
-        model(tokens[:, 1:], past_key_values=cache, use_cache=True)
+        model(input_ids=tokens[:, 1:], past_key_values=cache, use_cache=True)
     except (AssertionError, ValueError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise SubjectError(
