@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,8 @@ class Transcript:
 
     def add(self, key: str, request: Request, reply: Reply) -> None:
         """Append one line."""
-        import gratis
-
         entry = {"key": key, "request": request.content(), "reply": asdict(reply), "time": time.time()}
-        line = json.dumps({**entry, "gratis": gratis.__version__}) + "\n"
+        line = json.dumps({**entry, "gratis": version("gratis")}) + "\n"
         try:
             with self._lock, open(self._path, "a", encoding="utf-8") as file:
                 file.write(line)
