@@ -141,7 +141,12 @@ def _loss(logits: Any, target: Any) -> float:
 
 
 def _bytes(cache: Any) -> float:
-    """Bytes of keys and values that a transformers cache holds, counting memory and not the views on it."""
+    """Bytes of keys and values that a transformers cache holds, counting memory and not the views on it.
+
+    A cache that keeps more than its layers show says so itself, as `bytes`.
+    """
+    if hasattr(cache, "bytes"):
+        return float(cache.bytes)
     stores: dict[int, int] = {}
     for layer in cache.layers:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):

@@ -1,0 +1,394 @@
+"""Attaching a memory of one's own to every layer: it gets queries and keys without their rotation, and attends.
+
+Every token is given position 0, where rotary embedding turns nothing, so that the model itself hands over what it
+would turn; a memory then turns by the model's own frequencies to the distances that it wants. While a text fits the
+window of the memory, nothing of this happens: the model attends as it does by itself, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from gratis.contract.attach import Scope
+from gratis.contract.errors import InputError, ParameterError, SubjectError
+from gratis.subjects.attention_door import check_attention, install_attention
+from gratis.subjects.language import Angles, Rotation, language_model, rotations, text_config, window_of
+
+PROBE_LENGTH = 24
+_CHANGES_LOGITS = ("s_aux", "softcap", "position_bias", "sliding_window", "window_size")
+
+
+class LayerMemory(Protocol):
+    """What one layer remembers of one text."""
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(batch, key heads, length, head_dim) of the latest entries."""
+        ...
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, files not counted."""
+        ...
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep rotated entries of a text that fits the window; return all of them."""
+        ...
+
+    def watch(self, query: Tensor, scaling: float) -> None:
+        """See the rotated queries (batch, heads, length, head_dim) of what was just appended."""
+        ...
+
+    def leave_window(self) -> None:
+        """The text grows longer than the window: from now on `read` is called, and entries come without rotation."""
+        ...
+
+    def read(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """The attention output (batch, heads, length, head_dim) of new tokens, which are remembered."""
+        ...
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, each as often as it is named."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Plain values."""
+        ...
+
+
+class Text:
+    """What the memories of one text's layers share: its length, the pass that is going on, the angles of positions."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.prompt_end: int | None = None
+        """Length at which a prompt of `generate` ends, None outside."""
+        self._angles: dict[tuple[int, int, int, torch.dtype, str], Angles] = {}
+        self._masks: dict[tuple[int, int, int, int, bool], Tensor] = {}
+
+    def angles(self, rotation: Rotation, start: int, stop: int, like: Tensor, scale: float = 1.0) -> Angles:
+        """What turns entries to positions `start` to `stop`, made once for all layers."""
+        key = (id(rotation), start, stop, like.dtype, str(like.device))
+        if key not in self._angles:
+            if len(self._angles) > 64:
+                self._angles.clear()
+            self._angles[key] = rotation.angles(torch.arange(start, stop) * scale, like)
+        return self._angles[key]
+
+    def mask(
+        self, queries: int, keys: int, offset: int, window: int, device: torch.device, *, outside: bool = False
+    ) -> Tensor:
+        """(queries, keys) 0 for keys inside the window of a query, or `outside` of it, -inf for the others.
+
+        Query i is `offset + i - j` tokens behind key j; inside are those at 0 to `window - 1`.
+        """
+        key = (queries, keys, offset, window, outside)
+        if key not in self._masks:
+            if len(self._masks) >= 8:
+                self._masks.clear()
+            distance = offset + torch.arange(queries)[:, None] - torch.arange(keys)
+            away = distance < window if outside else (distance < 0) | (distance >= window)
+            self._masks[key] = torch.zeros(distance.shape).masked_fill_(away, -torch.inf).to(device)
+        return self._masks[key]
+
+
+class MemoryLayer(CacheLayerMixin):
+    """One layer's memory where the model looks for its cache."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: MemoryCache, memory: LayerMemory) -> None:
+        self._cache = weakref.ref(cache)
+        self.memory = memory
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(batch, key heads, length, head_dim) of the latest entries; None before the first."""
+        return self.memory.keys
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        assert value is None, "the memory keeps the keys"
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        return self.memory.values
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        assert value is None, "the memory keeps the values"
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand new entries (batch, key heads, new, head_dim) on to whoever attends next."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache = self._cache()
+        assert cache is not None
+        cache.asked = self.memory
+        if cache.outgrown:
+            return key_states, value_states
+        return self.memory.append(key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        cache = self._cache()
+        assert cache is not None
+        return (query_length, 0) if cache.outgrown else (cache.text.seen + query_length, 0)
+
+    def get_seq_length(self) -> int:
+        cache = self._cache()
+        return cache.text.seen if cache is not None else 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class MemoryCache(Cache):
+    """The memories of all layers, in the place of a cache. Pass it back to the model to go on with the same text."""
+
+    def __init__(self, memories: list[LayerMemory], text: Text, method: str, window: int) -> None:
+        super().__init__(layers=[])
+        self.layers: list[Any] = [MemoryLayer(self, memory) for memory in memories]
+        self.text, self.method, self.window = text, method, window
+        self.outgrown = False
+        """Whether the text is longer than the window."""
+        self.padded = False
+        self.asked: LayerMemory | None = None
+        """The memory of the layer that is about to attend."""
+
+    @property
+    def memories(self) -> list[LayerMemory]:
+        """One per layer."""
+        return [layer.memory for layer in self.layers]
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, files not counted."""
+        return sum(memory.bytes for memory in self.memories)
+
+    def outgrow(self) -> None:
+        """Hand everything over to the memories."""
+        for memory in self.memories:
+            memory.leave_window()
+        self.outgrown = True
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self._rows).repeat_interleave(repeats)
+        for memory in self.memories:
+            memory.select_rows(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = torch.arange(self._rows)[indices.cpu()]
+        for memory in self.memories:
+            memory.select_rows(rows)
+
+    @property
+    def _rows(self) -> int:
+        keys = self.memories[0].keys
+        return len(keys) if keys is not None else 1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: every reordering would copy all that is remembered. Raises InputError."""
+        raise InputError(f"{self.method} keeps one memory per text and cannot follow beams: generate with num_beams=1.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused. Raises InputError unless there is nothing to remove."""
+        if tokens_to_remove:
+            raise InputError(
+                f"{self.method} cannot take tokens back from its memory, which assisted generation needs: generate "
+                "without an assistant."
+            )
+
+    def reset(self) -> None:
+        """Refused: start a text with no cache instead. Raises InputError."""
+        raise InputError(f"{self.method} starts a text with no cache: leave out past_key_values.")
+
+
+MakeMemories = Callable[[list[Rotation], Text], list[LayerMemory]]
+
+
+def check_memory(subject: Any, method: str, window: int, make: MakeMemories) -> None:
+    """Raise SubjectError with the reason if layers of `subject` cannot be given memories, ParameterError for a window
+    longer than the trained one.
+    """
+    model = language_model(subject, method)
+    trained = window_of(model)
+    if trained is not None and window > trained:
+        raise ParameterError(f"{method}: window {window} is longer than the model's window of {trained} tokens.")
+    turns = rotations(model, method)
+    name = type(model).__name__
+    if any(turn.in_values for turn in turns):
+        raise SubjectError(f"{method} needs keys per head; the cache of this {name} keeps latents.")
+    reached = check_attention(model, method)
+    if any(one.local for one in reached):
+        raise SubjectError(f"{method} needs layers that attend to the whole text; {name} has layers with a window.")
+    if any(getattr(one.module, "is_causal", True) is False for one in reached):
+        raise SubjectError(f"{method} needs causal attention; {name} attends in both directions.")
+    if len(reached) != len(turns):
+        raise SubjectError(f"{method} needs one attention per cache layer; {name} shares its layers' caches.")
+    _compare(model, method, window, make)
+
+
+@torch.no_grad()
+def _compare(model: Any, method: str, window: int, make: MakeMemories) -> None:
+    """Raise SubjectError unless memories that hold a short text whole compute what the model does by itself."""
+    size = max(int(text_config(model).vocab_size), 2)
+    tokens = torch.arange(1, min(PROBE_LENGTH, window) + 1, device=model.device).remainder(size)[None]
+    plain = model(input_ids=tokens, use_cache=True).logits.float()
+    scope = Scope()
+    try:
+        install_memory(model, method, 0, make, scope)
+        through = model(input_ids=tokens, use_cache=True).logits.float()
+    finally:
+        scope.close()
+    coarse = model.dtype in (torch.float16, torch.bfloat16)
+    if not (through - plain).abs().max() <= (0.1 if coarse else 1e-3) * plain.abs().max():
+        raise SubjectError(
+            f"{method} needs attention that depends on rotary distances alone; {type(model).__name__} computes "
+            "something else when its keys are turned elsewhere."
+        )
+
+
+def install_memory(
+    model: Any,
+    method: str,
+    window: int,
+    make: MakeMemories,
+    scope: Scope,
+    announce: Callable[[int], None] = lambda tokens: None,
+) -> Callable[[], dict[str, Any]]:
+    """Give every layer of `model` a memory for each text that it reads; return what reports on the last text.
+
+    `make(rotations, text)` makes the memories of a text's layers. As long as the text is at most `window` tokens, the
+    model attends as it does by itself. `announce` is told how many tokens a prompt of `generate` has, all rows
+    together, and may refuse them.
+    """
+    turns = rotations(model, method)
+    signature = inspect.signature(model.forward)
+    here = threading.local()
+    last: list[MemoryCache] = []
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            kwargs = {**signature.bind_partial(*args).arguments, **kwargs}
+        cache = kwargs.get("past_key_values")
+        uses = kwargs.get("use_cache")
+        if kwargs.get("output_attentions"):
+            raise InputError(f"{method} has no weights over the whole text to return: leave out output_attentions.")
+        here.cache = None
+        if cache is None and not (uses if uses is not None else getattr(model.config, "use_cache", True)):
+            return (), kwargs
+        if not isinstance(cache, MemoryCache):
+            _refuse_foreign(cache, method)
+            text = Text()
+            cache = MemoryCache(make(turns, text), text, method, window)
+            last[:] = [cache]
+            kwargs["past_key_values"], kwargs["use_cache"] = cache, True
+        elif cache.method != method:
+            raise InputError(f"This cache was filled under {cache.method}: start the text again under {method}.")
+        given = kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
+        assert given is not None
+        count, mask = int(given.shape[1]), kwargs.get("attention_mask")
+        if count > 1 and mask is not None:
+            cache.padded = mask.dim() == 2 and not bool(mask.all())
+        if not cache.outgrown and cache.text.seen + count > window:
+            if cache.padded:
+                raise InputError(
+                    f"{method} counts distances in tokens, so rows padded to unequal lengths cannot outgrow its window "
+                    f"of {window}: pass prompts of one length, or one at a time."
+                )
+            cache.outgrow()
+        if cache.outgrown:
+            kwargs["attention_mask"] = None
+            old = kwargs.get("position_ids")
+            shape = (*old.shape[:-1], count) if old is not None else (1, count)
+            kwargs["position_ids"] = torch.zeros(shape, dtype=torch.long, device=given.device)
+        cache.text.prompt_end = getattr(here, "prompt_end", None)
+        here.cache, here.count = cache, count
+        return (), kwargs
+
+    def attend(inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        cache = getattr(here, "cache", None)
+        if cache is None:
+            return inner(module, query, key, value, mask, **kwargs)
+        memory, cache.asked = cache.asked, None
+        changed = next((name for name in _CHANGES_LOGITS if kwargs.get(name) is not None), None)
+        if memory is None or changed is not None:
+            raise SubjectError(
+                f"{method} needs plain attention over each layer's cache; {type(model).__name__} "
+                + (f"attends with {changed}." if changed is not None else "attends to something else.")
+            )
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        if cache.outgrown:
+            return memory.read(query, key, value, scaling).transpose(1, 2).contiguous(), None
+        output = inner(module, query, key, value, mask, **kwargs)
+        memory.watch(query, scaling)
+        return output
+
+    def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = getattr(here, "cache", None)
+        if cache is not None:
+            cache.text.seen += here.count
+            here.cache = None
+
+    inner_generate = model.generate
+
+    @functools.wraps(inner_generate)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        given = next((kwargs[n] for n in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(n) is not None), None)
+        given = args[0] if given is None and args else given
+        here.prompt_end = int(given.shape[1]) if given is not None else None
+        if given is not None:
+            announce(int(given.shape[0]) * int(given.shape[1]))
+        try:
+            return inner_generate(*args, **kwargs)
+        finally:
+            here.prompt_end = None
+
+    install_attention(model, method.lower(), attend, scope)
+    scope.hook(model.register_forward_pre_hook(before, with_kwargs=True))
+    scope.hook(model.register_forward_hook(after, with_kwargs=True))
+    scope.set_attribute(model, "generate", generate)
+    return lambda: _report(last[0]) if last else {}
+
+
+def _report(cache: MemoryCache) -> dict[str, Any]:
+    layers = [memory.report() for memory in cache.memories]
+    summed = {name: sum(layer[name] for layer in layers) for name in layers[0] if not isinstance(layers[0][name], list)}
+    listed = {name: [layer[name] for layer in layers] for name in layers[0] if isinstance(layers[0][name], list)}
+    return {"tokens_seen": cache.text.seen, "outgrown": cache.outgrown, **summed, **listed}
+
+
+def _refuse_foreign(cache: Any, method: str) -> None:
+    if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading):
+        return
+    if type(cache) is DynamicCache and not cache.offloading:
+        raise InputError(
+            f"{method} must see a text from its start: pass no cache, or the one that an earlier call under {method} "
+            "returned."
+        )
+    raise InputError(
+        f"{method} keeps its own memory and cannot use a {type(cache).__name__}: leave out past_key_values and "
+        "cache_implementation."
+    )
