@@ -348,3 +348,40 @@ def test_errors_that_come_of_an_interrupt_are_one(monkeypatch, capsys):
     monkeypatch.setattr("typer.main.get_command", interrupted)
     assert cli.run(["methods"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_plan_says_what_generations_cost(capsys):
+    assert run(["plan", "smollm2", "--hardware", "b200", "--length", "1000", "--sparse", "512", "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)["costs"]
+    assert [row["attention"] for row in costs] == ["dense", "16 blocks of 32"]
+    assert costs[0]["traffic_bytes"] > costs[1]["traffic_bytes"]
+    assert run(["plan", "smollm2", "--hardware", "b200"]) == 0
+    assert "562.5 FLOP per byte" in capsys.readouterr().out
+
+
+def test_plan_from_traces(capsys, tmp_path):
+    from gratis.planning import Trace
+    from gratis.planning.traces import write_traces
+
+    path = tmp_path / "t.jsonl"
+    write_traces([Trace(model="m", question="q", prompt=9, lengths=(90,) * 4, scores=(1, 0, 0, 0))], path)
+    said = ["plan", "smollm2:as=m,parameters=1e8", "--traces", str(path), "--out", str(tmp_path)]
+    assert run([*said, "--seconds", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chosen"]["samples"] == 4
+    assert run(said) == 0
+    assert str(tmp_path / "plan-t.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["smollm2", "--hardware", "h10"], "did you mean 'h100'"),
+        (["smollm"], "no configuration of 'smollm'"),
+        (["smollm2:size=3"], "not size"),
+        (["smollm2:parameters=many"], "parameters must be a number"),
+        (["smollm2", "--traces", "absent.jsonl"], "absent.jsonl cannot be read"),
+    ],
+)
+def test_plan_refuses_what_it_cannot_read(changed, message, capsys):
+    assert run(["plan", *changed]) == 2
+    assert message in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gratis.cli import CLAIM_FAILED, arguments, terminal
+from gratis.cli.planning import plan
 from gratis.cli.recipes import recipes
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes, name="recipe")
+app.command()(plan)
 
 MethodName = Annotated[str, typer.Argument(metavar="NAME", autocompletion=arguments.complete_method)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

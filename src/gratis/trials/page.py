@@ -10,7 +10,8 @@ from gratis.contract.files import write_text
 from gratis.trials import plots, words
 from gratis.trials.trial import Arm, MetricInfo, Trial
 
-TEMPLATE = "page.html.jinja"
+TEMPLATE = Path(__file__).parent / "page.html.jinja"
+STYLE = Path(__file__).parent / "page.css"
 
 
 def save_page(trial: Trial, path: Path) -> Path:
@@ -21,15 +22,11 @@ def save_page(trial: Trial, path: Path) -> Path:
 
 def render(trial: Trial) -> str:
     """The page of a trial as HTML."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    source = (Path(__file__).parent / TEMPLATE).read_text(encoding="utf-8")
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(source)
     colour = plots.colours(trial.arms)
-    return template.render(
+    return filled(
+        TEMPLATE,
         trial=trial,
         method=trial.arms[-1],
         colour=colour,
@@ -46,7 +43,20 @@ def render(trial: Trial) -> str:
     )
 
 
-def _both(draw: Any) -> str:
+def filled(template: Path, **values: Any) -> str:
+    """A template with its values and the style of all pages."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    source = template.read_text(encoding="utf-8")
+    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        source
+    )
+    return made.render(style=Markup(STYLE.read_text(encoding="utf-8")), **values)
+
+
+def both(draw: Any) -> str:
+    """What `draw` makes for wide and for narrow screens."""
     return "".join(draw(width) for width in (plots.WIDE, plots.NARROW))
 
 
@@ -62,7 +72,7 @@ def _line_plots(trial: Trial, colour: dict[str, str]) -> list[tuple[str, str, st
         title = f"{words.capitalised(axis.label)} against {shown.x_label.partition(' (')[0]}"
         window = plots.smoothing(shown)
         note = f"Moving average over {window} of {len(shown.y)} points." if window > 1 else ""
-        made.append((title, note, _both(lambda width, lines=lines: plots.line_plot(lines, width))))
+        made.append((title, note, both(lambda width, lines=lines: plots.line_plot(lines, width))))
     return made
 
 
@@ -75,7 +85,7 @@ def _interval_plots(trial: Trial, colour: dict[str, str]) -> list[tuple[str, str
             direction = "right" if metric.higher_is_better else "left"
             note = f"Dots right of zero: {trial.arms[-1].label} has the higher value. Better is to the {direction}."
             title = words.capitalised(metric.help)
-            made.append((title, note, _both(lambda w, m=metric, s=shown: plots.interval_plot(m, s, colour, w))))
+            made.append((title, note, both(lambda w, m=metric, s=shown: plots.interval_plot(m, s, colour, w))))
     return made
 
 
@@ -90,7 +100,7 @@ def _cost_plots(trial: Trial, colour: dict[str, str]) -> list[tuple[str, str, st
             and all(math.isfinite(v) and v >= 0 for v in values)
         ):
             title = words.capitalised(metric.help)
-            made.append((title, "", _both(lambda w, m=metric: plots.cost_plot(m, trial.arms, colour, w))))
+            made.append((title, "", both(lambda w, m=metric: plots.cost_plot(m, trial.arms, colour, w))))
     return made
 
 
