@@ -1,0 +1,178 @@
+"""Attention without a softmax, whose loss stays flat far beyond the length that a model was trained with.
+
+"Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models", 2025 (arXiv 2501.13428).
+For a row that may attend to N keys, scores are cosines scaled by ln d · ln N; softplus makes them positive and a sum of
+1 makes them weights (LSSA). Re-weighting then keeps what is above the average weight, `relu(N a - 1)`, sharpened by a
+power (LSSAR).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gratis.contract.attach import Scope
+from gratis.contract.card import Card
+from gratis.contract.errors import InputError, SubjectError
+from gratis.contract.method import Attachable
+from gratis.contract.parameters import param
+from gratis.subjects.attention_door import check_attention, install_attention, takes_masks
+from gratis.subjects.language import text_config
+
+MARK = "trained_attention"
+"""Attribute of a configuration that names the attention its model was trained with."""
+_CHANGES_LOGITS = ("s_aux", "softcap", "position_bias")
+
+
+class SoftplusAttention(Attachable):
+    """Attend by softplus and re-weighting, for models that were trained so: attach to train one, and to run it.
+
+    A model trained with softmax is destroyed by it, so a model must say that it was trained this way: its configuration's
+    `trained_attention` is "softplus", or `trained=True` says it for the configuration. For an ordinary model there is
+    LogLengthScaling.
+    """
+
+    card = Card(
+        title="Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models",
+        authors="Gao and Spratling",
+        year=2025,
+        seed=55,
+        paper="arXiv 2501.13428",
+        acts_on="language model",
+        free_of=("fine-tuning for the longer length",),
+        summary="a small model trained with it reads texts many times as long as those it was trained on",
+        examples={"trained": True},
+        holds=("attention",),
+        differs=(
+            "Powers are taken of weights relative to the largest of the row, as the plain power overflows float32 for "
+            "peaked rows; a row without a weight above the average keeps its plain weights."
+        ),
+        limits=(
+            "Not free of training: only for models trained with it from the start. No fused kernel: two to four times the "
+            "time of softmax attention. Not for models with learned sinks or biases in the logits."
+        ),
+    )
+
+    reweight: bool = param(True, help="re-weight (LSSAR), or leave the normalised weights (LSSA)")
+    power: float = param(15.0, at_least=1, at_most=32, help="how sharply what is above the average is kept")
+    offset: float = param(1.0, at_least=0, at_most=2, help="what is subtracted, in average weights")
+    free_rows: int = param(3, at_least=0, at_most=8, help="first rows without an offset")
+    scale: float = param(1.0, at_least=0.1, at_most=10, help="factor of the logits' scale ln d · ln N")
+    block: int | None = param(
+        1024, at_least=1, unit="tokens", help="keys at a time, three times over; None: all at once (more memory)"
+    )
+    trained: bool = param(False, help="say that this model was trained with softplus attention")
+
+    def check(self, subject: Any) -> None:
+        name = type(subject).__name__
+        modules = check_attention(subject, type(self).__name__)
+        if any(getattr(one.module, "is_causal", True) is False for one in modules):
+            raise SubjectError(f"SoftplusAttention needs causal attention; this {name} attends in both directions.")
+        if not takes_masks(subject):
+            raise SubjectError("SoftplusAttention: load the model with attention 'sdpa' or 'eager'.")
+        if not self.trained and getattr(text_config(subject), MARK, None) != "softplus":
+            raise SubjectError(
+                f"SoftplusAttention destroys models that were trained with softmax, and the configuration of this {name} "
+                f"does not say otherwise ({MARK}): pass trained=True if it was trained with it."
+            )
+
+    def install(self, subject: Any, scope: Scope) -> Any:
+        def attend(inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+            changed = next((name for name in _CHANGES_LOGITS if kwargs.get(name) is not None), None)
+            if changed is not None:
+                raise InputError(f"SoftplusAttention has no place for {changed}, which {type(subject).__name__} uses.")
+            output = softplus_attention(
+                query, key, value, seen_keys(mask, query, key),
+                power=self.power if self.reweight else None, offset=self.offset, free_rows=self.free_rows,
+                scale=self.scale, block=self.block,
+            )  # fmt: skip
+            return output.transpose(1, 2).contiguous(), None
+
+        install_attention(subject, self.name, attend, scope)
+
+
+def seen_keys(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """(batch or 1, 1, queries, keys) 1.0 where a query may attend, else 0.0. Raises InputError for biases in a mask."""
+    count, length = query.shape[2], key.shape[2]
+    if mask is None:
+        places = torch.arange(length - count, length, device=query.device)[:, None]
+        return (places >= torch.arange(length, device=query.device)).float()[None, None]
+    mask = mask[..., :length]
+    if mask.dtype == torch.bool:
+        return mask[:, :1].float()
+    seen = mask > torch.finfo(mask.dtype).min / 2
+    if bool((seen & (mask != 0)).any()):
+        raise InputError("Softplus attention takes cosines as scores, to which biases of a mask cannot be added.")
+    return seen[:, :1].float()
+
+
+def softplus_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    *,
+    power: float | None = 15.0,
+    offset: float = 1.0,
+    free_rows: int = 3,
+    scale: float = 1.0,
+    block: int | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """LSSAR attention, or LSSA where `power` is None: (batch, heads, queries, head_dim) in the dtype of `value`.
+
+    query: (batch, heads, queries, head_dim) after rotary embedding; key, value: (batch, key heads, keys, head_dim);
+    seen: (batch or 1, 1, queries, keys), 1.0 for keys that a query may attend to. Stages are computed in float32 (in
+    float64 for float64). With `block`, keys are read that many at a time, three times over: nothing of size queries
+    times keys is kept.
+    """
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, heads, count, dim = query.shape
+    groups = key.shape[1]
+    unit = torch.nn.functional.normalize(query.to(exact), dim=-1).reshape(batch, groups, heads // groups, count, dim)
+    keys = torch.nn.functional.normalize(key.to(exact), dim=-1)[:, :, None]
+    values = value.to(exact)[:, :, None]
+    seen = seen.to(exact)[:, :, None]
+    attended = seen.sum(-1, keepdim=True)
+    unit = unit * (scale * math.log(dim) * attended.clamp_min(1).log())
+    offsets = torch.where(attended > free_rows, offset, 0.0).to(exact)
+    step = keys.shape[3] if block is None else block
+
+    def pieces() -> Iterator[tuple[Tensor, slice]]:
+        for at in range(0, keys.shape[3], step):
+            here = slice(at, at + step)
+            yield torch.nn.functional.softplus(unit @ keys[:, :, :, here].transpose(3, 4)) * seen[..., here], here
+
+    if step >= keys.shape[3]:
+        kept = list(pieces())
+        passes = lambda: iter(kept)  # noqa: E731
+    else:
+        passes = pieces
+    total = sum((positive.sum(-1, keepdim=True) for positive, _ in passes()), start=torch.zeros_like(attended)) + eps
+    if power is None:
+        output = _gathered(((positive / total, here) for positive, here in passes()), values)
+    else:
+        largest = torch.full_like(total, -torch.inf)
+        for positive, here in passes():
+            above = (attended * positive / total - offsets).masked_fill(seen[..., here] == 0, -torch.inf)
+            largest = torch.maximum(largest, above.detach().amax(-1, keepdim=True))
+        flat = largest <= 0
+        largest = largest.clamp_min(torch.finfo(exact).tiny)
+
+        def weights() -> Iterator[tuple[Tensor, slice]]:
+            for positive, here in passes():
+                above = torch.relu(attended * positive / total - offsets) / largest
+                yield torch.where(flat, positive / total, above.pow(power)), here
+
+        sums = sum((weight.sum(-1, keepdim=True) for weight, _ in weights()), start=torch.zeros_like(total)) + eps
+        output = _gathered(weights(), values) / sums
+    return output.reshape(batch, heads, count, -1).to(value.dtype)
+
+
+def _gathered(weights: Iterator[tuple[Tensor, slice]], values: Tensor) -> Tensor:
+    parts = [weight @ values[:, :, :, here] for weight, here in weights]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
