@@ -68,13 +68,19 @@ def test_sharpening_needs_a_text_and_is_refused_where_it_harms():
     for seed in range(6):
         ids = tiny.prompt(seed=seed)
         set_tokenizer(model, lambda text, ids=ids, **options: type("Read", (), {"input_ids": ids}))
-        try:
-            gratis.attach(model, gratis.LogLengthScaling(sharpen=1.2, text="mine")).detach()
-            losses[seed] = True
-        except SubjectError as error:
-            assert "makes the loss on the given text worse" in str(error)
-            losses[seed] = False
-    assert set(losses.values()) == {True, False}
+        with torch.no_grad():
+            plain = model(input_ids=ids, labels=ids).loss
+            scope = Scope()
+            method = gratis.LogLengthScaling(sharpen=1.2, text="mine")
+            method.install(model, scope)
+            losses[seed] = bool(model(input_ids=ids, labels=ids).loss <= plain)
+            scope.close()
+        if losses[seed]:
+            gratis.attach(model, method).detach()
+        else:
+            with pytest.raises(SubjectError, match="makes the loss on the given text worse"):
+                gratis.attach(model, method)
+    assert set(losses.values()) == {False, True}
 
 
 def test_a_model_without_a_length_is_refused(monkeypatch):

@@ -8,8 +8,9 @@ power (LSSAR).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -130,49 +131,68 @@ def softplus_attention(
     float64 for float64). With `block`, keys are read that many at a time, three times over: nothing of size queries
     times keys is kept.
     """
-    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch, heads, count, dim = query.shape
-    groups = key.shape[1]
-    unit = torch.nn.functional.normalize(query.to(exact), dim=-1).reshape(batch, groups, heads // groups, count, dim)
-    keys = torch.nn.functional.normalize(key.to(exact), dim=-1)[:, :, None]
-    values = value.to(exact)[:, :, None]
-    seen = seen.to(exact)[:, :, None]
-    attended = seen.sum(-1, keepdim=True)
-    unit = unit * (scale * math.log(dim) * attended.clamp_min(1).log())
-    offsets = torch.where(attended > free_rows, offset, 0.0).to(exact)
-    step = keys.shape[3] if block is None else block
+    with torch.autocast(query.device.type, enabled=False):
+        exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+        batch, heads, count, dim = query.shape
+        grouped = query.to(exact).unflatten(1, (key.shape[1], -1))
+        unit = torch.nn.functional.normalize(grouped, dim=-1)
+        keys = torch.nn.functional.normalize(key.to(exact), dim=-1)[:, :, None]
+        seen = seen.to(exact)[:, :, None]
+        attended = seen.sum(-1, keepdim=True)
+        unit = unit * (scale * math.log(dim) * attended.clamp_min(1).log())
+        step = keys.shape[3] if block is None else block
 
-    def pieces() -> Iterator[tuple[Tensor, slice]]:
-        for at in range(0, keys.shape[3], step):
-            here = slice(at, at + step)
-            yield torch.nn.functional.softplus(unit @ keys[:, :, :, here].transpose(3, 4)) * seen[..., here], here
+        def positive() -> Iterator[tuple[Tensor, slice]]:
+            for at in range(0, keys.shape[3], step):
+                here = slice(at, at + step)
+                yield torch.nn.functional.softplus(unit @ keys[:, :, :, here].transpose(3, 4)) * seen[..., here], here
 
-    if step >= keys.shape[3]:
-        kept = list(pieces())
-        passes = lambda: iter(kept)  # noqa: E731
-    else:
-        passes = pieces
-    total = sum((positive.sum(-1, keepdim=True) for positive, _ in passes()), start=torch.zeros_like(attended)) + eps
-    if power is None:
-        output = _gathered(((positive / total, here) for positive, here in passes()), values)
-    else:
-        largest = torch.full_like(total, -torch.inf)
-        for positive, here in passes():
-            above = (attended * positive / total - offsets).masked_fill(seen[..., here] == 0, -torch.inf)
-            largest = torch.maximum(largest, above.detach().amax(-1, keepdim=True))
-        flat = largest <= 0
-        largest = largest.clamp_min(torch.finfo(exact).tiny)
-
-        def weights() -> Iterator[tuple[Tensor, slice]]:
-            for positive, here in passes():
-                above = torch.relu(attended * positive / total - offsets) / largest
-                yield torch.where(flat, positive / total, above.pow(power)), here
-
-        sums = sum((weight.sum(-1, keepdim=True) for weight, _ in weights()), start=torch.zeros_like(total)) + eps
-        output = _gathered(weights(), values) / sums
-    return output.reshape(batch, heads, count, -1).to(value.dtype)
+        one = step >= keys.shape[3]
+        first = _again(positive, one)
+        total = _summed(first()) + eps
+        weights = _again(lambda: ((part / total, here) for part, here in first()), one)
+        if power is not None:
+            offsets = torch.where(attended > free_rows, offset, 0.0).to(exact)
+            weights = _again(_sharpened(weights, attended, offsets, seen, power), one)
+        values = value.to(exact)[:, :, None]
+        parts = [weight @ values[:, :, :, here] for weight, here in weights()]
+        output = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        if power is not None:
+            output = output / (_summed(weights()) + eps)
+        return output.reshape(batch, heads, count, -1).to(value.dtype)
 
 
-def _gathered(weights: Iterator[tuple[Tensor, slice]], values: Tensor) -> Tensor:
-    parts = [weight @ values[:, :, :, here] for weight, here in weights]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+Parts = Callable[[], Iterable[tuple[Tensor, slice]]]
+"""Weights (batch, key heads, heads per key head, queries, some keys) and which keys, as often as asked for."""
+
+
+def _again(parts: Parts, one: bool) -> Parts:
+    """The same parts; where there is only one it is kept instead of computed again."""
+    if not one:
+        return parts
+    kept = list(parts())
+    return lambda: kept
+
+
+def _summed(parts: Iterable[tuple[Tensor, slice]]) -> Tensor:
+    return functools.reduce(torch.add, (part.sum(-1, keepdim=True) for part, _ in parts))
+
+
+def _sharpened(weights: Parts, attended: Tensor, offsets: Tensor, seen: Tensor, power: float) -> Parts:
+    """What of the weights is above the average, relative to the largest of the row, to a power."""
+    largest = functools.reduce(
+        torch.maximum,
+        (
+            (attended * part.detach() - offsets).masked_fill(seen[..., here] == 0, -torch.inf).amax(-1, keepdim=True)
+            for part, here in weights()
+        ),
+    )
+    flat = largest <= 0
+    largest = largest.clamp_min(torch.finfo(largest.dtype).tiny)
+
+    def parts() -> Iterator[tuple[Tensor, slice]]:
+        for part, here in weights():
+            above = torch.relu(attended * part - offsets) / largest
+            yield torch.where(flat, part, above.pow(power)), here
+
+    return parts
