@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt models.txt
 	@test -f $(RATED) || $(PIP) download --quiet --no-deps --no-binary :all: vaderSentiment==0.5 --dest $(dir $(RATED))
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## What LaCache does for a language model on 12,000 tokens: a table and a page
+demo: $(STAMP)  ## What memory methods do for a language model on 12,000 tokens: a table and a page
 	$(BIN)/gratis demo
 
 demo-quick: $(STAMP)  ## The same on a short text, about a minute

@@ -41,8 +41,8 @@ Model = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the task's data and draws.")]
 
-DEMO_TOKENS, DEMO_BUDGET = 12000, 1024
-QUICK_TOKENS, QUICK_BUDGET = 1536, 256
+DEMO_TOKENS, DEMO_RECALL, DEMO_BUDGET = 12000, 4000, 1024
+QUICK_TOKENS, QUICK_RECALL, QUICK_BUDGET = 1536, 1024, 256
 
 
 def _version(wanted: bool) -> None:
@@ -158,15 +158,26 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the trial file and the page.")] = Path("trials"),
     as_json: AsJson = False,
 ) -> None:
-    """What LaCache does for a real language model: full cache, sliding window and LaCache at the same budget."""
-    tokens, budget = (QUICK_TOKENS, QUICK_BUDGET) if quick else (DEMO_TOKENS, DEMO_BUDGET)
-    chosen = arguments.method("lacache", [f"budget={budget}"])
-    task = arguments.task("streaming-perplexity", [f"tokens={tokens}"], chosen)
-    command = (
-        f"gratis try lacache --model smollm2 --set budget={budget} --task streaming-perplexity "
-        f"--task-set tokens={tokens} --against sliding-window --rounds 1"
+    """What memory methods do for a real language model: full cache, sliding window, LaCache and InfLLM."""
+    tokens, recall, budget = (
+        (QUICK_TOKENS, QUICK_RECALL, QUICK_BUDGET) if quick else (DEMO_TOKENS, DEMO_RECALL, DEMO_BUDGET)
     )
-    trial = _measure(chosen, "smollm2", task, ["sliding-window"], 1, 0, show=not as_json, command=command)
+    half, sinks, block = budget // 2, 32, 32
+    settings = {"window": half, "sinks": sinks, "block": block, "blocks": (half - sinks) // block, "lookup": 128}
+    chosen = arguments.method("infllm", [f"{key}={value}" for key, value in settings.items()])
+    given = {"tokens": tokens, "recall": recall}
+    task = arguments.task("long-reading", [f"{key}={value}" for key, value in given.items()], chosen)
+    rivals = [f"sliding-window:budget={budget}", f"lacache:budget={budget}"]
+    command = shlex.join(
+        [
+            "gratis", "try", "infllm", "--model", "smollm2", "--task", "long-reading", "--rounds", "1",
+            *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),
+            *(word for key, value in given.items() for word in ("--task-set", f"{key}={value}")),
+            *(word for rival in rivals for word in ("--against", rival)),
+        ]
+    )  # fmt: skip
+    against = [arguments.rival(rival) for rival in rivals]
+    trial = _measure(chosen, "smollm2", task, against, 1, 0, show=not as_json, command=command)
     _present(trial, out, as_json)
 
 
