@@ -53,6 +53,7 @@ bench: $(STAMP)  ## Side by side with peers; each prints its ratios
 evidence: $(STAMP)  ## Run every claim, then the slow evidence, and regenerate the tables
 	code=0; $(BIN)/gratis verify --save || code=$$?; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.matrix || code=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.pairs || code=$$?; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m evidence || code=$$?; \
 	$(BIN)/python docs/generate.py && exit $$code
 

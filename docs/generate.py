@@ -53,6 +53,7 @@ def pages() -> dict[str, str]:
     made["tasks.md"] = task_page()
     made["results.md"] = results_page()
     made["benchmarks.md"] = benchmarks_page(ROOT / "benchmarks" / "results")
+    made["compatibility.md"] = compatibility_page(ROOT / "docs" / "pairs.json")
     made["architectures.md"] = architectures_page(ROOT / "docs" / "architectures.json")
     return {name: NOTICE + text.rstrip() + "\n" for name, text in made.items()}
 
@@ -222,6 +223,41 @@ def architectures_page(file: Path) -> str:
     parts.append("\n".join(f"{number}. {reason}" for reason, number in reasons.items()))
     parts.append("Repeat: `python -m tests.architectures.matrix`")
     return "\n\n".join(parts)
+
+
+def compatibility_page(file: Path) -> str:
+    """Method by method: stacks, or the reason why not."""
+    parts = ["# What stacks with what"]
+    if not file.exists():
+        return "\n\n".join([*parts, "Not examined yet: `python -m tests.architectures.pairs` does."])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    pairs: dict[str, dict[str, dict[str, str]]] = found["pairs"]
+    parts.append(
+        f"Every two language methods on {found['model']}, the one of the row attached first: they generate and read "
+        "together, the same twice, and leave nothing behind, or attaching refuses with the reason below the table."
+    )
+    reasons: dict[str, int] = {}
+    lines = []
+    for first, row in pairs.items():
+        cells = [first]
+        for second in pairs:
+            cell = row.get(second)
+            if cell is None:
+                cells.append("")
+            elif cell["outcome"] == "works":
+                cells.append("stacks")
+            else:
+                number = reasons.setdefault(_shared(cell["reason"], first, second), len(reasons) + 1)
+                cells.append(f"{'no' if cell['outcome'] == 'refuses' else '**fails**'} {number}")
+        lines.append(tuple(cells))
+    parts.append(table(("", *pairs), lines))
+    parts.append("\n".join(f"{number}. {reason}" for reason, number in reasons.items()))
+    parts.append("Repeat: `python -m tests.architectures.pairs`")
+    return "\n\n".join(parts)
+
+
+def _shared(reason: str, first: str, second: str) -> str:
+    return reason.replace(f"{first} and {second}", "they")
 
 
 def _general(reason: str) -> str:

@@ -6,11 +6,12 @@ those used least recently, or attended to least, make room for others.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -91,6 +92,13 @@ class _Part:
         chosen = self.memory[:count, rows.to(self._device)]
         self.memory = self._room(max(count, 16), chosen.shape[1:], chosen.dtype)
         self.memory[:count] = chosen
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Part:
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.memory = new._room(len(self.memory), self.memory.shape[1:], self.memory.dtype)
+        new.memory.copy_(self.memory)
+        return new
 
     def _grow(self, blocks: int, count: int) -> None:
         old = self.memory

@@ -7,6 +7,7 @@ window of the memory, nothing of this happens: the model attends as it does by i
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -191,6 +192,18 @@ class MemoryCache(Cache):
         for memory in self.memories:
             memory.leave_window()
         self.outgrown = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryCache:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for name, value in vars(self).items():
+            setattr(new, name, [] if name == "layers" else copy.deepcopy(value, memo))
+        for layer in self.layers:
+            twin = MemoryLayer(new, copy.deepcopy(layer.memory, memo))
+            if layer.is_initialized:
+                twin.dtype, twin.device, twin.is_initialized = layer.dtype, layer.device, True
+            new.layers.append(twin)
+        return new
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = torch.arange(self._rows).repeat_interleave(repeats)

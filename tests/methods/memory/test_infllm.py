@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -353,3 +354,25 @@ def test_a_model_that_does_not_depend_on_distances_alone_is_refused():
     ).eval()
     with pytest.raises(SubjectError, match="InfLLM"):
         gratis.attach(model, gratis.InfLLM(**SMALL))
+
+
+@pytest.mark.parametrize("store", ["memory", "file"])
+def test_a_copied_cache_goes_its_own_way(store):
+    model = tiny.tiny_language_model()
+    ids = tiny.prompt()
+    with gratis.attach(model, gratis.InfLLM(**SMALL, store=store)), torch.no_grad():
+        cache = model(ids).past_key_values
+        twin = copy.deepcopy(cache)
+        one = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(12)]
+        other = [model(ids[:, at : at + 1], past_key_values=twin).logits for at in range(12)]
+    assert torch.equal(torch.cat(one), torch.cat(other))
+    assert twin.get_seq_length() == cache.get_seq_length() == 52
+
+
+def test_it_stacks_with_branches():
+    model = tiny.tiny_language_model()
+    ids = tiny.prompt()
+    with gratis.attach(model, gratis.InfLLM(**SMALL), gratis.CNTP(**gratis.catalogue["cntp"].card.examples)):
+        torch.manual_seed(0)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
+    assert out.shape[1] == 52

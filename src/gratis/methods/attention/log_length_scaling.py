@@ -38,6 +38,7 @@ class LogLengthScaling(Attachable):
         acts_on="language model",
         free_of=("training", "fine-tuning", "calibration data"),
         summary="attention that stays as sharp as in training when texts grow longer than that",
+        holds=("scale of attention",),
         unchanged_when={"length": 10_000, "sharpen": 1.0},
         examples={"length": 8},
         differs=(

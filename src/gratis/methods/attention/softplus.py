@@ -47,7 +47,7 @@ class SoftplusAttention(Attachable):
         free_of=("fine-tuning for the longer length",),
         summary="a small model trained with it reads texts many times as long as those it was trained on",
         examples={"trained": True},
-        holds=("attention",),
+        holds=("attention", "attention to the first token", "scale of attention", "choice of keys"),
         differs=(
             "Powers are taken of weights relative to the largest of the row, as the plain power overflows float32 for "
             "peaked rows; a row without a weight above the average keeps its plain weights."

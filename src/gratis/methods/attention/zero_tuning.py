@@ -44,6 +44,7 @@ class ZeroTuning(Attachable):
         acts_on="language model",
         free_of=("training", "gradients", "extra tokens", "labels (entropy objective)"),
         summary="attention sharpened or flattened per head by rescaling what the first token receives",
+        holds=("attention to the first token",),
         unchanged_when={"scale": 1.0},
         examples={"scale": 3.0},
         differs=(

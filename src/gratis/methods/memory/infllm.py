@@ -7,6 +7,7 @@ distances are those of the released code (attention received; everything outside
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import numpy as np
@@ -52,7 +53,7 @@ class InfLLM(Attachable):
             "hot_blocks": 4,
             "representatives": 2,
         },
-        holds=("kv cache", "attention"),
+        holds=("kv cache", "attention", "attention to the first token", "scale of attention"),
         differs=(
             "A query attends to a token either inside its window or outside, never both: the released prefill counts up "
             "to lookup - 1 tokens twice. Scores are summed in float32. Rotary frequencies are the model's own, scaling "
@@ -498,6 +499,13 @@ class BlockMemory:
                 grown[:, :known] = self._standing[:, :known]
             self._standing = grown
         self._standing[:, known : known + count] = fresh
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockMemory:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for name, value in vars(self).items():
+            setattr(new, name, value if name in {"method", "turn"} else copy.deepcopy(value, memo))
+        return new
 
     def select_rows(self, rows: Tensor) -> None:
         def of(tensor: Tensor | None) -> Tensor | None:
