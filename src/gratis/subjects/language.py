@@ -81,7 +81,8 @@ class Rotation:
         if isinstance(shift, Tensor) or keys.dim() < 3 or keys.device.type != "cpu":
             return self.turn_by_(keys, angles)
         # Piece by piece, so that the passes find what they read in the processor's cache.
-        for piece in keys.split(max(1, PIECE_BYTES // max(1, keys[:1].nbytes))):
+        size = math.prod(keys.shape[1:]) * keys.dtype.itemsize
+        for piece in keys.split(max(1, PIECE_BYTES // max(1, size))):
             self.turn_by_(piece, angles)
         return keys
 
