@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from gratis.contract.card import Card
 from gratis.contract.parameters import Declared
@@ -104,6 +105,12 @@ class MergePart:
     """Sums over all parts that the method adds to."""
     revise: bool = False
     """Set by the method where its result depends on totals that are complete only at the end."""
+    shape: tuple[int, ...] = ()
+    """Shape of the whole tensor."""
+    base: Tensor | None = None
+    """The base's stretch, for methods that are given weights rather than differences. Not to be written."""
+    known: Any = None
+    """What `survey` returned."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +121,58 @@ class Cutoff:
     last: int
 
 
+class Survey(Protocol):
+    """What a merge may ask about whole tensors before any is combined; every question is a pass over the checkpoints."""
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the tensors that are merged, by name."""
+        ...
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        ...
+
+    def sums(self, measure: Callable[[list[Tensor], MergePart], Tensor]) -> dict[str, tuple[float, ...]]:
+        """By tensor, the sums over its stretches of what `measure` returns: (sums,) float64 numbers."""
+        ...
+
+    def cutoffs(
+        self,
+        values: Callable[[list[Tensor], MergePart], Tensor],
+        share: float,
+        scope: Literal["global", "tensor"] = "tensor",
+    ) -> dict[str, Cutoff]:
+        """By tensor, the exact cutoff of the largest `share` of `values`, of which at least one is kept.
+
+        `values` maps the experts' stretches to one float32 number >= 0 per element.
+        """
+        ...
+
+
 class Merge(Method):
     """A method that reads checkpoints and writes one: see `gratis.merge`.
 
     `combine` is a pure function of flat float32 stretches; reading, chunking, threads, dtypes and files are the
-    engine's. The result must not depend on how tensors are cut into stretches.
+    engine's. The result must not depend on how tensors are cut into stretches, unless `unit` asks for whole ones.
     """
 
     kind = "merge"
     needs_base: ClassVar[bool] = True
     """Whether experts are given as differences to a base, and the result is added to it."""
+    differences: ClassVar[bool] = True
+    """False for a method that needs a base but works on weights: it is given `part.base` and returns weights."""
+    describes: ClassVar[int | None] = None
+    """Number of the expert whose tokenizer, chat template and generation settings the result has; None: the base's."""
+
+    def unit(self, tensor: str, shape: tuple[int, ...]) -> Literal["stretch", "row", "tensor"]:
+        """What `combine` needs of `tensor` at once: any stretch, whole rows of `reshape(shape[0], -1)`, or all of it."""
+        return "stretch"
+
+    def survey(self, survey: Survey) -> Any:
+        """Ask about whole tensors once, before anything is combined; the answer is every part's `known`."""
+        return None
 
     def check_experts(self, count: int) -> None:
         """Raise InputError where the method cannot merge `count` experts."""

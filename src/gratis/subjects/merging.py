@@ -6,13 +6,17 @@ at their place in an output that was laid out in advance. The output appears und
 
 from __future__ import annotations
 
+import copy
 import filecmp
+import fnmatch
 import json
 import math
 import os
+import re
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gratis.contract.catalogue import catalogue
-from gratis.contract.errors import FileError, InputError, ParameterError, UnknownNameError, suggestion
+from gratis.contract.errors import FileError, GratisWarning, InputError, ParameterError, UnknownNameError, suggestion
 from gratis.contract.method import Cutoff, Merge, MergePart
 from gratis.subjects.checkpoints import DTYPES, Checkpoint, Writer
 from gratis.subjects.selection import Stretch, largest, last_tie
@@ -39,6 +43,66 @@ CARRIED = (
 """Files that are copied from the base."""
 
 MergeProgress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How some tensors are merged. Of several rules the first that names a tensor holds for it."""
+
+    tensors: tuple[str, ...]
+    """Names, with `*` and `?` as wildcards."""
+    method: Merge
+    weights: tuple[float, ...] | None = None
+    """One per expert of the rule; None: those of the whole merge."""
+    experts: tuple[int, ...] | None = None
+    """Places of the experts that are used, in their order; None: all."""
+    each: tuple[Merge, ...] = ()
+    """The method with the parameters of each expert, where these differ (densities)."""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Tensors of a merge that are combined in one way."""
+
+    method: Merge
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    experts: tuple[int, ...]
+    each: tuple[Merge, ...] = ()
+
+
+def portions(
+    method: Merge, rules: Sequence[Rule], names: Iterable[str], weights: tuple[float, ...]
+) -> tuple[Portion, ...]:
+    """Which tensors are merged in which way: rules first, `method` for the rest. A rule without tensors warns."""
+    exact: dict[str, int] = {}
+    wild: list[tuple[int, re.Pattern[str]]] = []
+    for number, rule in enumerate(rules):
+        for name in rule.tensors:
+            if any(sign in name for sign in "*?["):
+                wild.append((number, re.compile(fnmatch.translate(name))))
+            else:
+                exact.setdefault(name, number)
+    found: dict[int, list[str]] = {}
+    for name in names:
+        first = min(exact.get(name, len(rules)), next((n for n, pattern in wild if pattern.match(name)), len(rules)))
+        found.setdefault(first, []).append(name)
+    for number, rule in enumerate(rules):
+        if number not in found:
+            warnings.warn(f"No tensor is called {', '.join(rule.tensors[:3])}: that rule does nothing.", GratisWarning)
+    every = tuple(range(len(weights)))
+    made = []
+    for number, tensors in sorted(found.items()):
+        rule = rules[number] if number < len(rules) else Rule((), method)
+        chosen = every if rule.experts is None else rule.experts
+        if not chosen or not all(0 <= place < len(weights) for place in chosen) or len(set(chosen)) != len(chosen):
+            raise InputError(f"A rule names experts {list(chosen)}; there are {len(weights)}, from 0 on.")
+        own = tuple(weights[place] for place in chosen) if rule.weights is None else rule.weights
+        rule.method.check_experts(len(chosen))
+        if rule.each and len(rule.each) != len(chosen):
+            raise InputError(f"A rule has {len(chosen)} experts but parameters for {len(rule.each)}.")
+        made.append(Portion(rule.method, tuple(tensors), _weights(own, len(chosen)), chosen, rule.each))
+    return tuple(made)
 
 
 @dataclass(frozen=True)
@@ -61,6 +125,7 @@ def merge(
     out: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     weights: Sequence[float] | None = None,
+    rules: Sequence[Rule] = (),
     dtype: str | None = None,
     threads: int | None = None,
     stretch: int = STRETCH,
@@ -71,7 +136,8 @@ def merge(
     """Merge the checkpoints `experts` (folders or safetensors files) into the new folder `out`.
 
     `base` is the common ancestor, for methods that need one; configuration and tokenizer are its, or the first
-    expert's. `weights` is one number per expert, 1 by default. `dtype` is the result's ("float32", "bfloat16",
+    expert's. `weights` is one number per expert, 1 by default. `rules` merge some tensors otherwise.
+    `dtype` is the result's ("float32", "bfloat16",
     "float16"), the base's by default; the arithmetic is float32. The result is the same for any `threads` and `stretch`.
 
     Raises FileError for damaged files, a full disk or an output that exists, InputError for checkpoints that do not fit
@@ -95,8 +161,7 @@ def merge(
     writer = Writer(target, places, shard_bytes)
     try:
         with _one_thread_per_operation():
-            engine = _Engine(inputs, _whole_blocks(stretch), threads or min(os.cpu_count() or 1, 4))
-            engine.run(method, places, writer, progress or (lambda fraction, words: None))
+            _run(inputs, method, rules, places, writer, stretch, threads or min(os.cpu_count() or 1, 4), progress)
         _carry(inputs, writer.folder, method)
         writer.finish()
     except BaseException:
@@ -113,6 +178,7 @@ def merge_state_dicts(
     base: Mapping[str, Tensor] | None = None,
     weights: Sequence[float] | None = None,
     stretch: int = STRETCH,
+    rules: Sequence[Rule] = (),
 ) -> dict[str, Tensor]:
     """The same merge of state dicts in memory; inputs are left as they are, tensors of integers are the base's."""
     inputs = _Inputs(method, base, list(experts), _weights(weights, len(experts)))
@@ -129,8 +195,35 @@ def merge_state_dicts(
 
     with _one_thread_per_operation():
         places = {name: (t.dtype, tuple(t.shape)) for name, t in merged.items()}
-        _Engine(inputs, _whole_blocks(stretch), 1).run(method, places, Memory(), lambda fraction, words: None)
+        _run(inputs, method, rules, places, Memory(), stretch, 1, None)
     return merged
+
+
+def _run(
+    inputs: _Inputs,
+    method: Merge,
+    rules: Sequence[Rule],
+    places: Mapping[str, Any],
+    writer: Any,
+    stretch: int,
+    threads: int,
+    progress: MergeProgress | None,
+) -> None:
+    """Stream every portion of the merge into `writer`."""
+    tell = progress or (lambda fraction, words: None)
+    floating = [name for name, place in inputs.reference.places.items() if place.dtype.is_floating_point]
+    found = portions(method, rules, floating, inputs.weights)
+    for portion in found:
+        if portion.method.needs_base and inputs.base is None:
+            raise InputError(f"{portion.method.name} needs the base that the experts were fine-tuned from: name it.")
+    _Engine(inputs, _whole_blocks(stretch), threads).copy_the_rest(writer)
+    sizes = [sum(inputs.reference.places[name].elements for name in portion.names) for portion in found]
+    done, total = 0, sum(sizes) or 1
+    for portion, size in zip(found, sizes, strict=True):
+        engine = _Engine(inputs.of(portion), _whole_blocks(stretch), threads, portion.each)
+        begun, part = done / total, size / total
+        engine.run(portion.method, portion.names, places, writer, lambda f, w, b=begun, p=part: tell(b + p * f, w))
+        done += size
 
 
 @dataclass(frozen=True)
@@ -168,6 +261,8 @@ class _Inputs:
 
     def __init__(self, method: Merge, base: Any, experts: Sequence[Any], weights: tuple[float, ...]) -> None:
         def opened(source: Any) -> Any:
+            if hasattr(source, "places"):
+                return source
             return _StateDict(source) if isinstance(source, Mapping) else Checkpoint(source)
 
         if not experts:
@@ -177,6 +272,7 @@ class _Inputs:
         self.base = opened(base) if base is not None else None
         self.experts = [opened(expert) for expert in experts]
         self.weights = weights
+        self.laid_out_by: Any = None
 
     @classmethod
     def open(cls, method: Merge, base: Any, experts: Sequence[Any], weights: Sequence[float] | None) -> _Inputs:
@@ -184,9 +280,20 @@ class _Inputs:
         inputs.check(method)
         return inputs
 
+    def of(self, portion: Portion) -> _Inputs:
+        """The same checkpoints as a portion sees them."""
+        inputs = copy.copy(self)
+        inputs.experts = [self.experts[number] for number in portion.experts]
+        inputs.weights = portion.weights
+        # What the whole is laid out by stays so where a portion leaves out the first expert.
+        inputs.laid_out_by = self.reference
+        return inputs
+
     @property
     def reference(self) -> Any:
         """The checkpoint whose tensors, configuration and tokenizer the result has."""
+        if self.laid_out_by is not None:
+            return self.laid_out_by
         return self.base if self.base is not None else self.experts[0]
 
     @property
@@ -253,21 +360,33 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
 class _Engine:
     """Streams the inputs through a method."""
 
-    def __init__(self, inputs: _Inputs, stretch: int, threads: int) -> None:
-        self._inputs, self._stretch, self._threads = inputs, stretch, threads
+    def __init__(self, inputs: _Inputs, stretch: int, threads: int, each: Sequence[Merge] = ()) -> None:
+        self._inputs, self._stretch, self._threads, self._each_own = inputs, stretch, threads, each
         self._scratch = threading.local()
+        self._known: Any = None
 
-    def run(self, method: Merge, places: Mapping[str, Any], writer: Any, progress: MergeProgress) -> None:
-        names = [name for name, p in self._inputs.reference.places.items() if p.dtype.is_floating_point]
-        for name in self._inputs.reference.places:
-            if name not in names and isinstance(writer, Writer):
+    def copy_the_rest(self, writer: Any) -> None:
+        """Write what is not merged (integers, buffers): it is the base's."""
+        for name, place in self._inputs.reference.places.items():
+            if not place.dtype.is_floating_point and isinstance(writer, Writer):
                 writer.write(name, self._inputs.reference.view(name))
-        parts = [part for name in names for part in self._stretches(name)]
-        total = sum(part.count for part in parts) or 1
-        kept = method.kept_share()
+
+    def run(
+        self,
+        method: Merge,
+        names: Sequence[str],
+        places: Mapping[str, Any],
+        writer: Any,
+        progress: MergeProgress,
+    ) -> None:
+        stretches = [part for name in names for part in self._stretches(name)]
+        total = sum(part.count for part in stretches) or 1
+        parts = [part for name in names for part in self._units(method, name)]
+        kept = next((k for own in (method, *self._each_own) if (k := own.kept_share()) is not None), None)
         share = 0.5 if kept else 0.0
         cutoffs = self._cutoffs(method, names, kept, lambda f: progress(share * f, "selecting")) if kept else {}
-        measured = self._measured(method, parts) if method.measures else {}
+        measured = self._measured(method, stretches, method.measure) if method.measures else {}
+        self._known = method.survey(_Survey(self, method, names))
         totals: dict[str, float] = {}
         again: list[Stretch] = []
         done = 0
@@ -283,9 +402,23 @@ class _Engine:
         if revised is not None:
             list(self._each(lambda p: self._combine(revised, p, cutoffs, measured, places, writer), again))
 
+    def _own(self, method: Merge, number: int) -> Merge:
+        """The method with the parameters that expert `number` has to itself."""
+        return self._each_own[number] if self._each_own else method
+
     def _stretches(self, name: str) -> list[Stretch]:
         elements = self._inputs.reference.places[name].elements
         return [Stretch(name, at, min(self._stretch, elements - at)) for at in range(0, elements, self._stretch)]
+
+    def _units(self, method: Merge, name: str) -> list[Stretch]:
+        """The tensor as the method asks for it: in stretches, in stretches of whole rows, or whole."""
+        place = self._inputs.reference.places[name]
+        unit = method.unit(name, place.shape)
+        if unit == "stretch" or not place.elements:
+            return self._stretches(name)
+        row = place.elements // place.shape[0] if place.shape else 1
+        count = place.elements if unit == "tensor" else max(self._stretch // row, 1) * row
+        return [Stretch(name, at, min(count, place.elements - at)) for at in range(0, place.elements, count)]
 
     def _each(self, work: Callable[[Stretch], Any], parts: Sequence[Stretch]) -> Iterator[Any]:
         """Results of `work` in the order of `parts`, with no more parts in flight than needed."""
@@ -299,6 +432,8 @@ class _Engine:
 
     def _buffers(self, count: int) -> list[Tensor]:
         """One scratch stretch per checkpoint, reused by the thread."""
+        if count > self._stretch:
+            return [torch.empty(count) for _ in range(len(self._inputs.experts) + 1)]
         if not hasattr(self._scratch, "tensors"):
             self._scratch.tensors = [torch.empty(self._stretch) for _ in range(len(self._inputs.experts) + 1)]
         return [tensor[:count] for tensor in self._scratch.tensors]
@@ -330,10 +465,11 @@ class _Engine:
         writer: Any,
     ) -> MergePart:
         known = tuple(cutoffs[part.tensor, n] for n in range(len(self._inputs.experts))) if cutoffs else ()
-        info = MergePart(part.tensor, part.start, self._inputs.weights, known, measured.get(part.tensor, ()))
+        info = self._info(part)
+        info.cutoffs, info.measured = known, measured.get(part.tensor, ())
         buffers, base = self._prepared(method, part, info)
         merged = method.combine(buffers, info)
-        if base is not None:
+        if base is not None and method.differences:
             merged = merged.add_(base)
         dtype = places[part.tensor][0]
         writer.write(part.tensor, merged if dtype == torch.float32 else merged.to(dtype), part.start)
@@ -343,24 +479,37 @@ class _Engine:
         """The experts' stretches as the method works on them, and the base's. Raises InputError."""
         *buffers, spare = self._buffers(part.count)
         base = self._base(method, part, spare)
+        info.base = base if not method.differences else None
+        if info.base is not None and not bool(info.base.isfinite().all()):
+            self._refuse(part, 0)
         for number, buffer in enumerate(buffers):
-            self._expert(method, number, part, buffer, base)
+            self._expert(method, number, part, buffer, base if method.differences else None)
             if not math.isfinite(buffer.sum().item()) and not bool(buffer.isfinite().all()):
                 self._refuse(part, number)
-            method.prepare(buffer, number, info)
+            self._own(method, number).prepare(buffer, number, info)
         return buffers, base
 
-    def _measured(self, method: Merge, parts: Sequence[Stretch]) -> dict[str, tuple[float, ...]]:
+    def _info(self, part: Stretch) -> MergePart:
+        shape = self._inputs.reference.places[part.tensor].shape
+        return MergePart(part.tensor, part.start, self._inputs.weights, shape=shape, known=self._known)
+
+    def _measured(
+        self, method: Merge, parts: Sequence[Stretch], measure: Callable[[list[Tensor], MergePart], Tensor]
+    ) -> dict[str, tuple[float, ...]]:
         """Sums over each tensor, the same for any stretch and threads: taken block by block and added in order."""
 
-        def measure(part: Stretch) -> list[Tensor]:
-            info = MergePart(part.tensor, part.start, self._inputs.weights)
-            buffers, _ = self._prepared(method, part, info)
-            blocks = range(0, part.count, BLOCK)
-            return [method.measure([buffer[at : at + BLOCK] for buffer in buffers], info) for at in blocks]
+        def of_part(part: Stretch) -> list[Tensor]:
+            info = self._info(part)
+            buffers, base = self._prepared(method, part, info)
+            found = []
+            for at in range(0, part.count, BLOCK):
+                info.start = part.start + at
+                info.base = base[at : at + BLOCK] if base is not None and not method.differences else None
+                found.append(measure([buffer[at : at + BLOCK] for buffer in buffers], info))
+            return found
 
         sums: dict[str, Tensor] = {}
-        for part, found in zip(parts, self._each(measure, parts), strict=True):
+        for part, found in zip(parts, self._each(of_part, parts), strict=True):
             for block in found:
                 sums[part.tensor] = sums[part.tensor] + block if part.tensor in sums else block
         return {name: tuple(total.tolist()) for name, total in sums.items()}
@@ -378,31 +527,44 @@ class _Engine:
             buffer, spare = self._buffers(part.count)[:2]
             values = self._expert(method, number, part, buffer, self._base(method, part, spare))
             # A method's choice must fall as it does when stretches are combined, so whole blocks are prepared.
-            method.prepare(values, number, MergePart(part.tensor, part.start, self._inputs.weights))
+            self._own(method, number).prepare(values, number, self._info(part))
             return values.abs_()
+
+        return of
+
+    def _values(
+        self, method: Merge, values: Callable[[list[Tensor], MergePart], Tensor]
+    ) -> Callable[[Stretch], Tensor]:
+        def of(part: Stretch) -> Tensor:
+            info = self._info(part)
+            return values(self._prepared(method, part, info)[0], info)
 
         return of
 
     def _cutoffs(
         self, method: Merge, names: Sequence[str], kept: tuple[float, str], progress: Callable[[float], None]
     ) -> dict[tuple[str, int], Cutoff]:
-        share, scope = kept
+        scope = kept[1]
         groups = [list(names)] if scope == "global" else [[name] for name in names]
         found: dict[tuple[str, int], Cutoff] = {}
         jobs = [(group, number) for group in groups for number in range(len(self._inputs.experts))]
         for done, (group, number) in enumerate(jobs, 1):
-            found |= self._group_cutoffs(method, group, number, share)
+            own = self._own(method, number).kept_share()
+            if own is None:
+                cutoffs = {name: Cutoff(0.0, self._inputs.reference.places[name].elements - 1) for name in group}
+            else:
+                cutoffs = self._group_cutoffs(group, self._magnitudes(method, number), own[0])
+            found |= {(name, number): cutoff for name, cutoff in cutoffs.items()}
             progress(done / len(jobs))
         return found
 
     def _group_cutoffs(
-        self, method: Merge, group: Sequence[str], number: int, share: float
-    ) -> dict[tuple[str, int], Cutoff]:
+        self, group: Sequence[str], magnitudes: Callable[[Stretch], Tensor], share: float
+    ) -> dict[str, Cutoff]:
         parts = [part for name in group for part in self._stretches(name)]
         total = sum(part.count for part in parts)
         if not total:
-            return {(name, number): Cutoff(0.0, -1) for name in group}
-        magnitudes = self._magnitudes(method, number)
+            return {name: Cutoff(0.0, -1) for name in group}
         result = largest(parts, max(math.floor(share * total), 1), magnitudes, self._run)
         ends = {name: self._inputs.reference.places[name].elements - 1 for name in group}
         if not result.all_ties and result.magnitude > 0:
@@ -410,10 +572,32 @@ class _Engine:
             name = parts[boundary].tensor
             later = list(group)[list(group).index(name) + 1 :]
             ends |= {name: index, **dict.fromkeys(later, -1)}
-        return {(name, number): Cutoff(result.magnitude, ends[name]) for name in group}
+        return {name: Cutoff(result.magnitude, ends[name]) for name in group}
 
     def _run(self, work: Callable[[Stretch], Any], parts: Sequence[Stretch]) -> Iterable[Any]:
         return self._each(work, parts)
+
+
+class _Survey:
+    """Answers a method's questions about whole tensors."""
+
+    def __init__(self, engine: _Engine, method: Merge, names: Sequence[str]) -> None:
+        self._engine, self._method, self._names = engine, method, names
+        self.tensors = {name: engine._inputs.reference.places[name].shape for name in names}
+        self.experts = len(engine._inputs.experts)
+
+    def sums(self, measure: Callable[[list[Tensor], MergePart], Tensor]) -> dict[str, tuple[float, ...]]:
+        parts = [part for name in self._names for part in self._engine._stretches(name)]
+        return self._engine._measured(self._method, parts, measure)
+
+    def cutoffs(
+        self, values: Callable[[list[Tensor], MergePart], Tensor], share: float, scope: str = "tensor"
+    ) -> dict[str, Cutoff]:
+        groups = [list(self._names)] if scope == "global" else [[name] for name in self._names]
+        found: dict[str, Cutoff] = {}
+        for group in groups:
+            found |= self._engine._group_cutoffs(group, self._engine._values(self._method, values), share)
+        return found
 
 
 @contextmanager
@@ -473,6 +657,8 @@ def _carry(inputs: _Inputs, folder: Path, method: Merge) -> None:
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if method.describes is not None:
+        _describe(inputs.experts[method.describes], folder)
     names = [checkpoint.path.name for checkpoint in inputs.experts]
     parameters = "\n".join(f"- {key}: {value}" for key, value in method.parameters().items()) or "- none"
     base = f"Base: {inputs.base.path.name}. " if inputs.base is not None else ""
@@ -481,6 +667,18 @@ def _carry(inputs: _Inputs, folder: Path, method: Merge) -> None:
         f"Method: {method.name} ({method.card.title}, {method.card.year}).\n\n{parameters}\n",
         encoding="utf-8",
     )
+
+
+def _describe(expert: Any, folder: Path) -> None:
+    """Put the expert's tokenizer, chat template and generation settings in the place of those that were carried over."""
+    for name in CARRIED:
+        if name != "config.json" and (expert.folder / name).is_file():
+            shutil.copyfile(expert.folder / name, folder / name)
+    path = folder / "config.json"
+    if path.is_file():
+        config, own = json.loads(path.read_text(encoding="utf-8")), expert.config()
+        ends = {key: own[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in own}
+        path.write_text(json.dumps({**config, **ends}, indent=2) + "\n", encoding="utf-8")
 
 
 RECIPE_KEYS = ("method", "parameters", "base", "experts", "dtype")
