@@ -7,7 +7,8 @@ the attention logits. A mean of products with one query is a product of means: o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -42,8 +43,9 @@ class BlockTopK(Attachable):
         unchanged_when={"blocks": 1000},
         examples={"blocks": 1, "block": 4, "window": 8, "dense_layers": (0,)},
         differs=(
-            "Mean keys are kept per complete block instead of recomputed; in a left-padded row the block with the row's "
-            "first tokens is always among the chosen, in the place of sinks that are padding."
+            "Mean keys are kept per complete block instead of recomputed (except in the first layer, whose keys do not tell "
+            "texts apart); in a left-padded row the block with the row's first tokens is always among the chosen, in the "
+            "place of sinks that are padding."
         ),
         limits="The cache keeps its full size. Not while reading a prompt, and not for layers with a window of their own.",
         claims=(
@@ -91,21 +93,26 @@ class BlockTopK(Attachable):
             raise SubjectError(f"BlockTopK: no layer of this {name} is left to act on; all are dense or local.")
 
     def install(self, subject: Any, scope: Scope) -> Any:
-        sparse = self._sparse(check_attention(subject, type(self).__name__))
+        modules = check_attention(subject, type(self).__name__)
+        sparse = self._sparse(modules)
         counts = {"decoded": 0, "attended": 0, "cached": 0}
-        states = {key: _Means() for key in sparse}
+        states = {key: _Means(kept=key != id(modules[0].module)) for key in sparse}
+        text, scratch = _Text(), _Scratch()
 
         def attend(inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-            length = key.shape[2]
-            if query.shape[2] != 1 or id(module) not in states or length <= self.active_from:
+            if query.shape[2] != 1 or id(module) not in states or key.shape[2] <= self.active_from:
                 return inner(module, query, key, value, mask, **kwargs)
-            part = self._part(states[id(module)], query, key, value, mask)
+            length, real = text.of(mask, key)
+            if length <= self.active_from:
+                return inner(module, query, key, value, mask, **kwargs)
+            columns = self._columns(states[id(module)], query, key, length, real)
             counts["decoded"] += 1
-            counts["attended"] += part[0].shape[2]
+            counts["attended"] += columns.shape[2]
             counts["cached"] += length
-            return inner(module, query, *part, **kwargs)
+            part = scratch.picked(key, columns, "keys"), scratch.picked(value, columns, "values")
+            return inner(module, query, *part, self._mask(mask, columns, query.shape[1], real), **kwargs)
 
-        install_attention(subject, self.name, attend, scope)
+        install_attention(subject, self.name, torch.compiler.disable(attend), scope)
 
         def report() -> dict[str, Any]:
             attended = counts["attended"] / counts["cached"] if counts["cached"] else 1.0
@@ -116,50 +123,29 @@ class BlockTopK(Attachable):
     def _sparse(self, modules: list[Any]) -> set[int]:
         return {id(one.module) for n, one in enumerate(modules) if not one.local and n not in self.dense_layers}
 
-    def _part(
-        self, state: _Means, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The keys, values and mask that one new token attends to."""
-        length, at = key.shape[2], self.sinks
-        count = (length - self.window - self.sinks) // self.block
-        end = at + count * self.block
-        real = _real(mask, query.shape[0])
-        if self.choose == "local":
-            chosen = torch.empty(*key.shape[:2], 0, dtype=torch.long, device=key.device)
-        elif self.choose == "token":
-            chosen = self._tokens(query, key[:, :, at:end], real[:, at:end] if real is not None else None)
-        else:
-            chosen = self._blocks(state, query, key[:, :, at:end], real[:, at:end] if real is not None else None)
-        parts = [
-            torch.cat([tensor[:, :, :at], self._picked(tensor[:, :, at:end], chosen), tensor[:, :, end:]], 2)
-            for tensor in (key, value)
-        ]
-        if mask is None:
-            return parts[0], parts[1], None
-        return parts[0], parts[1], self._mask(mask, query, key.shape[1], chosen, at, end)
+    def _columns(self, state: _Means, query: Tensor, key: Tensor, length: int, real: Tensor | None) -> Tensor:
+        """(batch, key heads, attended) columns of the cache that one new token attends to, ascending."""
+        at = self.sinks
+        end = at + (length - self.window - at) // self.block * self.block
+        middle, real = key[:, :, at:end], None if real is None else real[:, at:end]
+        sinks, latest = torch.arange(at, device=key.device), torch.arange(end, length, device=key.device)
+        parts = [sinks.expand(*key.shape[:2], -1), latest.expand(*key.shape[:2], -1)]
+        if self.choose == "token":
+            parts.insert(1, self._tokens(query, middle, real) + at)
+        elif self.choose == "overlapping":
+            parts.insert(1, self._overlapping(query, middle, real) + at)
+        elif self.choose != "local":
+            within = torch.arange(at, at + self.block, device=key.device)
+            chosen = self._blocks(state, query, middle, real)
+            parts.insert(1, (chosen[..., None] * self.block + within).flatten(2))
+        return torch.cat(parts, 2)
 
-    def _picked(self, stretch: Tensor, chosen: Tensor) -> Tensor:
-        """Chosen blocks or tokens of (batch, key heads, count * block, head_dim), per row and head."""
-        batch, heads, _, dim = stretch.shape
-        rows = torch.arange(batch, device=stretch.device)[:, None, None]
-        columns = torch.arange(heads, device=stretch.device)[None, :, None]
-        if self.choose in ("token", "overlapping"):
-            return stretch[rows, columns, chosen]
-        blocks: Tensor = stretch.unflatten(2, (-1, self.block))[rows, columns, chosen]
-        return blocks.reshape(batch, heads, -1, dim)
-
-    def _mask(self, mask: Tensor, query: Tensor, heads: int, chosen: Tensor, at: int, end: int) -> Tensor:
-        batch, groups = query.shape[0], query.shape[1] // heads
-        full = mask.expand(batch, mask.shape[1] if mask.shape[1] > 1 else heads, 1, -1)
-        if full.shape[1] != heads:
-            # One mask per query head: those of a key head share their columns.
-            chosen = chosen.repeat_interleave(groups, 1)
-        if self.choose not in ("token", "overlapping"):
-            offsets = torch.arange(self.block, device=chosen.device)
-            chosen = (chosen[..., None] * self.block + offsets).flatten(2)
-        middle = full[:, :, 0, at:end].gather(2, chosen)
-        part = torch.cat([full[:, :, 0, :at], middle, full[:, :, 0, end:]], 2)[:, :, None]
-        return part if part.shape[1] == query.shape[1] else part.repeat_interleave(groups, 1)
+    def _mask(self, mask: Tensor | None, columns: Tensor, heads: int, real: Tensor | None) -> Tensor | None:
+        """The mask of the chosen columns, one per query head; None where nothing chosen is hidden."""
+        if mask is None or (mask.dtype == torch.bool and real is None):
+            return None
+        columns = columns.repeat_interleave(heads // columns.shape[1], 1)
+        return mask.expand(len(columns), heads, 1, -1)[:, :, 0].gather(2, columns)[:, :, None]
 
     def _tokens(self, query: Tensor, keys: Tensor, real: Tensor | None) -> Tensor:
         scores = _group_mean(query, keys.shape[1]) @ keys.transpose(2, 3)
@@ -172,10 +158,8 @@ class BlockTopK(Attachable):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + keys.shape[2])
             shares = torch.rand(*keys.shape[:2], count, generator=generator).to(keys.device)
             return shares.topk(self.blocks, sorted=False).indices.sort(-1).values
-        if self.choose == "overlapping":
-            return self._overlapping(query, keys, real)
         means = state.of(keys, self.block, real)
-        scores = (means @ _group_mean(query, keys.shape[1]).transpose(2, 3))[..., 0]
+        scores = (means @ _group_mean(query, keys.shape[1]).float().transpose(2, 3))[..., 0]
         if real is not None:
             inside = real.unflatten(1, (count, self.block)).any(-1)
             scores = scores.masked_fill(~inside[:, None], -torch.inf)
@@ -204,6 +188,8 @@ class BlockTopK(Attachable):
 class _Means:
     """Mean keys of one layer's complete blocks, in float32, grown as the text grows."""
 
+    kept: bool
+    """Whether they are kept from token to token. The first layer's keys are of single tokens: they tell no texts apart."""
     means: Tensor | None = None
     last: Tensor | None = None
     """Key of the last token that was averaged: it depends on the whole text before it, so it tells texts apart."""
@@ -213,35 +199,68 @@ class _Means:
         count = keys.shape[2] // block
         known = 0 if self.means is None or not self._is_of(keys, block) else self.means.shape[2]
         if known < count:
-            fresh = keys[:, :, known * block :].float().unflatten(2, (count - known, block))
+            fresh = keys[:, :, known * block :].unflatten(2, (count - known, block))
             if real is None:
-                found = fresh.mean(3)
+                found = fresh.mean(3, dtype=torch.float32)
             else:
                 weights = real[:, known * block :].float().unflatten(1, (count - known, block))[:, None, :, :, None]
                 found = (fresh * weights).sum(3) / weights.sum(3).clamp_min(1)
             self.means = found if not known or self.means is None else torch.cat([self.means, found], 2)
             self.last = keys[:, :, count * block - 1].clone()
         assert self.means is not None
-        return self.means[:, :, :count].to(keys.dtype)
+        return self.means[:, :, :count]
 
     def _is_of(self, keys: Tensor, block: int) -> bool:
         assert self.means is not None
         assert self.last is not None
         end = self.means.shape[2] * block
-        if end > keys.shape[2] or self.last.shape != keys[:, :, 0].shape:
+        if not self.kept or end > keys.shape[2] or self.last.shape != keys[:, :, 0].shape:
             return False
-        return torch.equal(self.last, keys[:, :, end - 1])
+        return self.last.device == keys.device and torch.equal(self.last, keys[:, :, end - 1])
+
+
+@dataclass
+class _Text:
+    """What of a cache is text, found once per mask: all layers of a step share one."""
+
+    mask: Tensor | None = None
+    found: tuple[int, Tensor | None] = (0, None)
+
+    def of(self, mask: Tensor | None, key: Tensor) -> tuple[int, Tensor | None]:
+        """Columns in use (fewer than all in a preallocated cache), and (batch, all) which are text; None: all in use."""
+        if mask is None:
+            return key.shape[2], None
+        if mask is not self.mask:
+            real = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > torch.finfo(mask.dtype).min / 2
+            length = int(real.any(0).nonzero()[-1]) + 1
+            self.mask = mask
+            self.found = length, None if bool(real[:, :length].all()) else real.expand(key.shape[0], -1)
+        return self.found
+
+
+@dataclass
+class _Scratch(threading.local):
+    """Memory for the keys and values that are attended to, taken once: allocating as much per layer costs more."""
+
+    held: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def picked(self, tensor: Tensor, columns: Tensor, part: str) -> Tensor:
+        """Columns (batch, key heads, attended) of (batch, key heads, all, head_dim)."""
+        batch, heads, length, dim = tensor.shape
+        if not tensor.is_contiguous() or (torch.is_grad_enabled() and tensor.requires_grad):
+            rows = torch.arange(batch, device=tensor.device)[:, None, None]
+            return tensor[rows, torch.arange(heads, device=tensor.device)[:, None], columns]
+        first = torch.arange(0, batch * heads * length, length, device=tensor.device).view(batch, heads, 1)
+        places = (columns + first).flatten()
+        key, size = (part, tensor.dtype, tensor.device), places.numel() * dim
+        if key not in self.held or self.held[key].numel() < size:
+            self.held[key] = tensor.new_empty(size + size // 4)
+        out = self.held[key][:size].view(-1, dim)
+        torch.index_select(tensor.view(-1, dim), 0, places, out=out)
+        return out.view(batch, heads, -1, dim)
 
 
 def _group_mean(query: Tensor, heads: int) -> Tensor:
     """(batch, key heads, 1, head_dim): the mean query of the heads that share a key head."""
     grouped: Tensor = query.unflatten(1, (heads, -1))
     return grouped.mean(2)
-
-
-def _real(mask: Tensor | None, batch: int) -> Tensor | None:
-    """(batch, all) columns that are no padding; None where none is."""
-    if mask is None:
-        return None
-    seen = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > torch.finfo(mask.dtype).min / 2
-    return seen.expand(batch, -1)
