@@ -115,6 +115,7 @@ def write_card(
     *,
     script: str = "",
     flags: str = "",
+    precision: str = "bfloat16 autocast",
 ) -> None:
     """The model's README.md and its figures as figures.json, both from what this run measured.
 
@@ -140,7 +141,7 @@ library_name: {"diffusers" if (folder / "model_index.json").exists() else "trans
 | --- | --- |
 {rows}
 
-Figures were printed by the training run that wrote these weights (torch {torch.__version__}, bfloat16 autocast, CPU).
+Figures were printed by the training run that wrote these weights (torch {torch.__version__}, {precision}, CPU).
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
