@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gratis.contract.catalogue import catalogue
-from gratis.contract.errors import FileError, GratisWarning, InputError, ParameterError, UnknownNameError, suggestion
+from gratis.contract.errors import FileError, GratisWarning, InputError, ParameterError
 from gratis.contract.method import Cutoff, Merge, MergePart
 from gratis.subjects.checkpoints import DTYPES, Checkpoint, Writer
 from gratis.subjects.selection import Stretch, largest, last_tie
@@ -657,6 +656,8 @@ def _carry(inputs: _Inputs, folder: Path, method: Merge) -> None:
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if (folder / "config.json").is_file() and not isinstance(inputs.reference, Checkpoint):
+        (folder / "config.json").write_text(json.dumps(inputs.reference.config(), indent=2) + "\n", encoding="utf-8")
     if method.describes is not None:
         _describe(inputs.experts[method.describes], folder)
     names = [checkpoint.path.name for checkpoint in inputs.experts]
@@ -681,81 +682,21 @@ def _describe(expert: Any, folder: Path) -> None:
         path.write_text(json.dumps({**config, **ends}, indent=2) + "\n", encoding="utf-8")
 
 
-RECIPE_KEYS = ("method", "parameters", "base", "experts", "dtype")
-
-
 def merge_recipe(
     recipe: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    models: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
     threads: int | None = None,
     progress: MergeProgress | None = None,
 ) -> MergeReport:
-    """Run a merge recipe: YAML with `method`, `parameters`, `base`, `experts` (paths, or path and weight) and `dtype`.
+    """Run a merge recipe, in gratis's form or mergekit's: see `gratis.subjects.merge_recipe`.
 
-    Paths are relative to the recipe. Raises FileError for a recipe that cannot be read or has unknown keys.
+    Paths are relative to the recipe, or to one of the folders `models`. Raises FileError for a recipe that cannot be
+    read, has unknown keys, or names what lies outside those folders.
     """
-    import yaml
+    from gratis.subjects.merge_recipe import load_recipe
 
-    path = Path(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise FileError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise FileError(f"The recipe {path} is not UTF-8 text.") from error
-    except yaml.YAMLError as error:
-        raise FileError(f"The recipe {path} is not safe YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise FileError(f"The recipe {path} must be a table with {', '.join(RECIPE_KEYS)}.")
-    for key in content:
-        if key not in RECIPE_KEYS:
-            raise FileError(f"The recipe {path} has an unknown key {key!r}{suggestion(str(key), RECIPE_KEYS)}.")
-    method = _recipe_method(path, content)
-    sources, weights = _recipe_experts(path, content.get("experts"))
-    base = content.get("base")
-    if base is not None and not isinstance(base, str):
-        raise FileError(f"The recipe {path}: base must be a path.")
-    return merge(
-        method,
-        base=path.parent / base if base else None,
-        experts=sources,
-        weights=weights,
-        out=out,
-        dtype=content.get("dtype"),
-        overwrite=overwrite,
-        threads=threads,
-        progress=progress,
-    )
-
-
-def _recipe_method(path: Path, content: Mapping[str, Any]) -> Merge:
-    name = content.get("method")
-    parameters = content.get("parameters") or {}
-    if not isinstance(name, str) or not isinstance(parameters, dict):
-        raise FileError(f"The recipe {path} must name a method, and parameters must be a table.")
-    entry = catalogue.resolve(name)
-    if entry.kind != "merge":
-        merges = [e.name for e in catalogue.entries.values() if e.kind == "merge"]
-        raise UnknownNameError(f"{name!r} is no merge; there is {', '.join(merges)}.")
-    method = entry.load()(**parameters)
-    assert isinstance(method, Merge)
-    return method
-
-
-def _recipe_experts(path: Path, experts: Any) -> tuple[list[Path], list[float]]:
-    if not isinstance(experts, list) or not experts:
-        raise FileError(f"The recipe {path} must list experts.")
-    sources, weights = [], []
-    for expert in experts:
-        entry = {"path": expert} if isinstance(expert, str) else expert
-        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or set(entry) - {"path", "weight"}:
-            raise FileError(f"The recipe {path}: each expert is a path, or a table with path and weight.")
-        weight = entry.get("weight", 1.0)
-        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-            raise FileError(f"The recipe {path}: weight must be a number, not {weight!r}.")
-        sources.append(path.parent / entry["path"])
-        weights.append(float(weight))
-    return sources, weights
+    read = load_recipe(recipe, models)
+    return read.run(out, overwrite=overwrite, threads=threads, progress=progress)

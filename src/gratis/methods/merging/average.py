@@ -11,6 +11,7 @@ from torch import Tensor
 from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError
 from gratis.contract.method import Merge, MergePart
+from gratis.contract.parameters import param
 
 
 class Average(Merge):
@@ -37,8 +38,10 @@ class Average(Merge):
     )
     needs_base = False
 
+    normalize: bool = param(True, help="divide by the sum of the weights; without it the result is a weighted sum")
+
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
-        total = sum(part.weights)
+        total = sum(part.weights) if self.normalize else 1.0
         if total == 0:
             raise InputError("Average: the weights sum to 0, so there is no mean.")
         merged = experts[0].mul_(part.weights[0] / total)

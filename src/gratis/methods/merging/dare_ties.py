@@ -48,8 +48,8 @@ class DARETIES(Merge):
     trim: float | None = param(
         None, above=0, at_most=1, help="share of the largest magnitudes of each tensor that is kept after dropping"
     )
-    divisor: Literal["count", "weight"] = param(
-        "count", help="average over the number of experts that agree, or over the sum of their weights"
+    divisor: Literal["count", "weight", "none"] = param(
+        "count", help="average over the number of experts that agree, over the sum of their weights, or add them up"
     )
     seed: int = param(0, at_least=0, help="seed of the random choice")
 

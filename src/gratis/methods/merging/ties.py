@@ -55,8 +55,9 @@ class TIES(Merge):
     scope: Literal["global", "tensor"] = param(
         "global", help="keep the share of the whole task vector (paper), or of each tensor"
     )
-    divisor: Literal["count", "weight"] = param(
-        "count", help="average over the number of experts that agree (paper), or over the sum of their weights"
+    divisor: Literal["count", "weight", "none"] = param(
+        "count",
+        help="average over the number of experts that agree (paper), over the sum of their weights, or add them up",
     )
     zero_sums: Literal["majority", "positive"] = param(
         "majority", help="sign where the mass cancels: the sign that most entries elected (released code), or positive"
@@ -121,6 +122,8 @@ def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_
         count.add_(agreeing.sign_(), alpha=abs(weight) if divisor == "weight" else 1)
     if undecided is not None and bool(((undecided == 0) & (count > 0)).any()):
         part.revise = True
+    if divisor == "none":
+        return merged.mul_(signs)
     if divisor == "weight":
         count.masked_fill_(count == 0, 1.0)
     else:

@@ -1,0 +1,530 @@
+"""mergekit's YAML, read as a recipe: models or slices, one method, parameters per model, per filter and along layers.
+
+What a key means is as mergekit 0.1.5 documents it. A gradient (a list of numbers) is spread over the layers of a slice;
+tensors outside the layers get its beginning. Per tensor, the first setting that says something holds: that of the
+model, then of the slice, then of the whole file. What cannot be done is refused by its key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gratis.contract.errors import FileError, GratisError, suggestion
+from gratis.contract.method import Merge
+from gratis.subjects.checkpoints import Checkpoint
+from gratis.subjects.merge_recipe import MergeRecipe, merge_method
+from gratis.subjects.merging import Rule
+
+KEYS = (
+    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "name",
+)  # fmt: skip
+UNSUPPORTED = {
+    "modules": "merge each module's checkpoint with a recipe of its own",
+    "tokenizer": "name the tokenizer by tokenizer_source: base",
+    "chat_template": "the base's chat template is carried over",
+    "residual_weight": "scale the tensors of a slice by filters instead",
+}
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+Settings = Mapping[str, Any]
+Scopes = Sequence[Settings]
+
+
+def from_mergekit(file: Path, content: Mapping[str, Any], locate: Callable[[str], Path]) -> MergeRecipe:
+    """The recipe that a mergekit file stands for; `locate` gives the checkpoint of a model's name.
+
+    Raises FileError, in one sentence, for a key or value that cannot be followed.
+    """
+    _check_keys(file, content)
+    name = content["merge_method"]
+    if name not in METHODS:
+        raise FileError(f"The recipe {file}: merge_method {name!r} has no counterpart{suggestion(str(name), METHODS)}.")
+    slices = _slices(file, content)
+    opened: dict[str, Checkpoint] = {}
+
+    def checkpoint(model: Any) -> Checkpoint:
+        if not isinstance(model, str) or "+" in model or "@" in model:
+            raise FileError(
+                f"The recipe {file}: model {model!r} must be a folder; adapters and revisions are not read."
+            )
+        if model not in opened:
+            opened[model] = Checkpoint(locate(model))
+        return opened[model]
+
+    for part in slices:
+        for source in part.sources:
+            checkpoint(source.model)
+        if part.base is not None:
+            checkpoint(part.base)
+    counts = {model: _layer_count(found) for model, found in opened.items()}
+    slices = [part.with_ranges(file, counts) for part in slices]
+    prefix = _layer_prefix(next(iter(opened.values())))
+    reader = _Reader(file, name, content.get("parameters") or {}, slices, prefix, opened)
+    return reader.recipe(_dtype(file, content))
+
+
+def _check_keys(file: Path, content: Mapping[str, Any]) -> None:
+    for key in content:
+        if key in UNSUPPORTED:
+            raise FileError(f"The recipe {file}: the key {key!r} is not supported: {UNSUPPORTED[key]}.")
+        if key == "tokenizer_source":
+            if content[key] not in (None, "base"):
+                raise FileError(f"The recipe {file}: tokenizer_source {content[key]!r} is not supported, only base is.")
+        elif key not in KEYS:
+            raise FileError(f"The recipe {file} has an unknown key {key!r}{suggestion(str(key), KEYS)}.")
+    if bool(content.get("models")) == bool(content.get("slices")):
+        raise FileError(f"The recipe {file} must have either models or slices.")
+
+
+@dataclass(frozen=True)
+class _Source:
+    model: str
+    settings: Settings
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Layers of the result, and where each source has its counterparts."""
+
+    sources: tuple[_Source, ...]
+    base: str | None
+    settings: Settings
+
+    def with_ranges(self, file: Path, counts: Mapping[str, int]) -> _Slice:
+        ranged = [replace(s, layers=s.layers or (0, counts[s.model])) for s in self.sources]
+        lengths = {last - first for s in ranged for first, last in [s.layers or (0, 0)]}
+        if len(lengths) != 1:
+            raise FileError(f"The recipe {file}: the sources of a slice must have the same number of layers.")
+        for source in ranged:
+            first, last = source.layers or (0, 0)
+            if not 0 <= first < last <= counts[source.model]:
+                raise FileError(
+                    f"The recipe {file}: layer_range [{first}, {last}] is not within the {counts[source.model]} layers "
+                    f"of {source.model}."
+                )
+        return replace(self, sources=tuple(ranged))
+
+    @property
+    def length(self) -> int:
+        first, last = self.sources[0].layers or (0, 0)
+        return last - first
+
+
+def _slices(file: Path, content: Mapping[str, Any]) -> list[_Slice]:
+    base = content.get("base_model")
+    if base is not None and not isinstance(base, str):
+        raise FileError(f"The recipe {file}: base_model must be a name.")
+    if content.get("models"):
+        sources = [_source(file, entry, ("model", "parameters")) for entry in _list(file, content["models"], "models")]
+        return [_Slice(tuple(sources), base, {})]
+    made = []
+    for entry in _list(file, content["slices"], "slices"):
+        if not isinstance(entry, dict):
+            raise FileError(f"The recipe {file}: a slice is a table with sources.")
+        for key in entry:
+            if key in UNSUPPORTED:
+                raise FileError(f"The recipe {file}: the key {key!r} is not supported: {UNSUPPORTED[key]}.")
+            if key not in ("sources", "base_model", "parameters"):
+                raise FileError(f"The recipe {file}: a slice has an unknown key {key!r}.")
+        known = ("model", "layer_range", "parameters")
+        sources = [_source(file, source, known) for source in _list(file, entry.get("sources"), "sources")]
+        made.append(_Slice(tuple(sources), entry.get("base_model", base), entry.get("parameters") or {}))
+    return made
+
+
+def _list(file: Path, value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise FileError(f"The recipe {file}: {what} must be a list.")
+    return value
+
+
+def _source(file: Path, entry: Any, known: tuple[str, ...]) -> _Source:
+    if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
+        raise FileError(f"The recipe {file}: each source is a table with model and {known[-1]}.")
+    for key in entry:
+        if key not in known:
+            raise FileError(f"The recipe {file}: a model has an unknown key {key!r}{suggestion(str(key), known)}.")
+    layers, settings = entry.get("layer_range"), entry.get("parameters") or {}
+    if layers is not None and not (
+        isinstance(layers, list) and len(layers) == 2 and all(type(n) is int for n in layers)
+    ):
+        raise FileError(f"The recipe {file}: layer_range must be two numbers, not {layers!r}.")
+    if not isinstance(settings, dict):
+        raise FileError(f"The recipe {file}: the parameters of {entry['model']} must be a table.")
+    return _Source(entry["model"], settings, None if layers is None else (layers[0], layers[1]))
+
+
+def _dtype(file: Path, content: Mapping[str, Any]) -> str | None:
+    for key in ("dtype", "out_dtype"):
+        if content.get(key) not in (None, "float16", "bfloat16", "float32", "float64"):
+            raise FileError(f"The recipe {file}: {key} must be float16, bfloat16 or float32, not {content[key]!r}.")
+    return content.get("out_dtype") or content.get("dtype")
+
+
+def _layer_count(checkpoint: Checkpoint) -> int:
+    config = checkpoint.config()
+    for holder in (config, config.get("text_config") or {}):
+        for key in LAYERS:
+            if isinstance(holder.get(key), int):
+                return int(holder[key])
+    prefix = _layer_prefix(checkpoint)
+    return len({_split(name, prefix)[0] for name in checkpoint.places} - {None})
+
+
+def _layer_prefix(checkpoint: Checkpoint) -> str:
+    """What precedes the layer's number in tensor names: of several stacks the one that holds most tensors."""
+    counts: dict[str, int] = {}
+    for name in checkpoint.places:
+        if found := re.match(r"(.*?\.|)(\d+)\.", name):
+            counts[found.group(1)] = counts.get(found.group(1), 0) + 1
+    return max(counts, key=lambda prefix: counts[prefix]) if counts else "\0"
+
+
+def _split(name: str, prefix: str) -> tuple[int | None, str]:
+    """Layer and rest of a tensor's name; None for one outside the layers."""
+    if name.startswith(prefix):
+        number, _, rest = name[len(prefix) :].partition(".")
+        if number.isdigit():
+            return int(number), rest
+    return None, name
+
+
+class Stacked:
+    """A checkpoint whose layers are taken from others: what slices make. Tensors are read where they are."""
+
+    def __init__(self, first: Checkpoint, where: Mapping[str, tuple[Checkpoint, str]], layers: int) -> None:
+        self._first, self._where, self._layers = first, where, layers
+        self.path = first.path
+        self.folder = first.folder
+        self.places = {name: checkpoint.places[own] for name, (checkpoint, own) in where.items()}
+        self.bytes = sum(place.bytes for place in self.places.values())
+        self.files = sorted({place.file for place in self.places.values()})
+
+    def view(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
+        """(count,) elements of tensor `name` from flat index `start` on."""
+        checkpoint, own = self._where[name]
+        return checkpoint.view(own, start, count)
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self.view(name).view(self.places[name].shape)
+
+    def prefetch(self, name: str, start: int, count: int) -> None:
+        """Ask the system to have these elements in memory soon."""
+        checkpoint, own = self._where[name]
+        if hasattr(checkpoint, "prefetch"):
+            checkpoint.prefetch(own, start, count)
+
+    def tokenizer(self) -> Any:
+        """The content of the first checkpoint's `tokenizer.json`."""
+        return self._first.tokenizer()
+
+    def config(self) -> dict[str, Any]:
+        """The first checkpoint's configuration with the number of layers that there are now."""
+        config = self._first.config()
+        return {key: self._layers if key in LAYERS else value for key, value in config.items()}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    file: Path
+    name: str
+    settings: Settings
+    slices: Sequence[_Slice]
+    prefix: str
+    opened: Mapping[str, Checkpoint]
+
+    def recipe(self, dtype: str | None) -> MergeRecipe:
+        positions = max(len(part.sources) for part in self.slices)
+        tensors = self._tensors()
+        grouped: dict[tuple[Merge, tuple[float, ...], tuple[int, ...], tuple[Merge, ...]], list[str]] = {}
+        for tensor, (part, layer, _) in tensors.items():
+            grouped.setdefault(self._combination(tensor, part, layer), []).append(tensor)
+        plain = len(self.slices) == 1 and all(s.layers[0] == 0 for s in self.slices[0].sources if s.layers)
+        plain = plain and all(
+            self.slices[0].length == _layer_count(self.opened[s.model]) for s in self.slices[0].sources
+        )  # fmt: skip
+        first = self.slices[0]
+        used = sorted({place for _, _, chosen, _ in grouped for place in chosen})
+        moved = {place: number for number, place in enumerate(used)}
+        if plain:
+            experts: list[Any] = [self.opened[first.sources[place].model].path for place in used]
+            base: Any = self.opened[first.base].path if first.base is not None else None
+        else:
+            experts = [self._stacked(tensors, place) for place in used if place < positions]
+            base = self._stacked(tensors, None) if first.base is not None else None
+        (method, weights, chosen, own_parameters), *rest = grouped
+        rules: tuple[Rule, ...] = ()
+        if rest or own_parameters:
+            rules = tuple(
+                Rule(tuple(names), own, w, tuple(moved[place] for place in c), each)
+                for (own, w, c, each), names in grouped.items()
+            )
+        elif len(chosen) != len(used):
+            rules = (Rule(("*",), method, weights, tuple(moved[place] for place in chosen)),)
+        needs_base = any(own.needs_base for own, *_ in grouped)
+        whole = weights if len(weights) == len(used) else (1.0,) * len(used)
+        written = {"base": first.base if needs_base else None, "experts": [first.sources[p].model for p in used]}
+        return MergeRecipe(
+            method, tuple(experts), whole, base if needs_base else None, rules, dtype, written=written if plain else {}
+        )
+
+    def _tensors(self) -> dict[str, tuple[_Slice, int | None, str]]:
+        """By name in the result: the slice, the layer within it (None outside layers), and the rest of the name."""
+        made: dict[str, tuple[_Slice, int | None, str]] = {}
+        first, last = self.slices[0], self.slices[-1]
+        reference = self.opened[first.sources[0].model]
+        outside = [name for name in reference.places if _split(name, self.prefix)[0] is None]
+        for name in outside:
+            early = re.search(r"embed|wte|wpe", name) is not None
+            made[name] = (first if early else last, None, name)
+        at = 0
+        for part in self.slices:
+            source = part.sources[0]
+            begin = (source.layers or (0, 0))[0]
+            rests: dict[int, list[str]] = {}
+            for name in self.opened[source.model].places:
+                number, rest = _split(name, self.prefix)
+                if number is not None:
+                    rests.setdefault(number, []).append(rest)
+            for offset in range(part.length):
+                for rest in rests.get(begin + offset, []):
+                    made[f"{self.prefix}{at}.{rest}"] = (part, offset, rest)
+                at += 1
+        return made
+
+    def _own_name(self, source: _Source, layer: int | None, rest: str) -> str:
+        """What a source calls a tensor of the result."""
+        return rest if layer is None else f"{self.prefix}{(source.layers or (0, 0))[0] + layer}.{rest}"
+
+    def _stacked(self, tensors: Mapping[str, tuple[_Slice, int | None, str]], place: int | None) -> Stacked:
+        """The checkpoint that the sources at `place` of each slice make together; None: the bases."""
+        where = {}
+        for name, (part, layer, rest) in tensors.items():
+            if place is None:
+                model = part.base or part.sources[0].model
+                source = next((s for s in part.sources if s.model == model), replace(part.sources[0], model=model))
+            else:
+                source = part.sources[min(place, len(part.sources) - 1)]
+            checkpoint, own = self.opened[source.model], self._own_name(source, layer, rest)
+            if own not in checkpoint.places:
+                raise FileError(f"The recipe {self.file}: {source.model} has no tensor {own!r}.")
+            where[name] = (checkpoint, own)
+        layers = sum(part.length for part in self.slices)
+        first = next(iter(where.values()))[0]
+        return Stacked(first, where, layers)
+
+    def _combination(
+        self, tensor: str, part: _Slice, layer: int | None
+    ) -> tuple[Merge, tuple[float, ...], tuple[int, ...], tuple[Merge, ...]]:
+        within = 0.0 if layer is None else layer / max(part.length - 1, 1)
+        along = 1.0 if layer is not None and part.length == 1 else within
+        rest = _split(tensor, self.prefix)[1]
+
+        def setting(key: str, default: Any, place: int | None = None) -> Any:
+            scopes: list[Settings] = [part.settings, self.settings]
+            name = tensor
+            if place is not None:
+                scopes.insert(0, part.sources[place].settings)
+                name = self._own_name(part.sources[place], layer, rest if layer is not None else tensor)
+            for scope in scopes:
+                if key in scope:
+                    value = evaluated(self.file, key, scope[key], name, along, type(default))
+                    if value is not None:
+                        return value
+            if default is REQUIRED:
+                raise FileError(f"The recipe {self.file}: {self.name} needs {key} for {tensor}.")
+            return default
+
+        return METHODS[self.name](_Question(self.file, part, setting))
+
+
+class _Required:
+    pass
+
+
+REQUIRED = _Required()
+
+
+def evaluated(file: Path, key: str, setting: Any, tensor: str, along: float, kind: type) -> Any:
+    """What a setting says for a tensor: a value, a gradient at `along` in 0..1, or the first filter that fits."""
+    if isinstance(setting, dict):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return _number(file, key, setting, kind)
+    if not setting:
+        return None
+    if all(isinstance(item, dict) for item in setting):
+        for item in setting:
+            if set(item) - {"filter", "value"} or "value" not in item:
+                raise FileError(f"The recipe {file}: an entry of {key} is a table with filter and value.")
+            wanted = item.get("filter")
+            if wanted is None or wanted == "*" or (isinstance(wanted, str) and wanted in tensor):
+                return evaluated(file, key, item["value"], tensor, along, kind)
+        return None
+    values = [_number(file, key, item, kind) for item in setting]
+    scaled = along * (len(values) - 1)
+    if kind is bool:
+        return values[int(scaled)]
+    low = int(scaled)
+    high, share = min(len(values) - 1, low + 1), scaled - low
+    return (1 - share) * values[low] + share * values[high]
+
+
+def _number(file: Path, key: str, value: Any, kind: type) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise FileError(f"The recipe {file}: {key} must be true or false, not {value!r}.")
+    try:
+        # YAML 1.1 reads 1e-4 as text.
+        return float(value)
+    except (TypeError, ValueError):
+        raise FileError(f"The recipe {file}: {key} must be a number, not {value!r}.") from None
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What a method may ask about one tensor."""
+
+    file: Path
+    part: _Slice
+    setting: Callable[..., Any]
+
+    @property
+    def others(self) -> list[int]:
+        """Places of the sources that are not the base."""
+        return [place for place, source in enumerate(self.part.sources) if source.model != self.part.base]
+
+    def made(self, name: str, **parameters: Any) -> Merge:
+        try:
+            return merge_method(name, parameters)
+        except GratisError as error:
+            raise FileError(f"The recipe {self.file}: {error}") from error
+
+    def need_base(self, name: str) -> None:
+        if self.part.base is None:
+            raise FileError(f"The recipe {self.file}: {name} needs a base_model.")
+
+
+Combination = tuple[Merge, tuple[float, ...], tuple[int, ...], tuple[Merge, ...]]
+
+
+def _linear(ask: _Question) -> Combination:
+    places = range(len(ask.part.sources))
+    weights = tuple(ask.setting("weight", REQUIRED, place) for place in places)
+    if not ask.setting("normalize", True) and abs(sum(weights) - 1) > 1e-9:
+        return ask.made("average", normalize=False), weights, tuple(places), ()
+    return ask.made("average"), weights, tuple(places), ()
+
+
+def _task_vectors(name: str, normalized: bool, density: bool, divided: bool) -> Callable[[_Question], Combination]:
+    """Methods that add sparsified task vectors; `divided` where entries of one sign are averaged."""
+
+    def combination(ask: _Question) -> Combination:
+        ask.need_base(name)
+        places = ask.others
+        if not places:
+            raise FileError(f"The recipe {ask.file}: {name} needs models besides base_model.")
+        weights = tuple(ask.setting("weight", REQUIRED, place) for place in places)
+        ask.setting("int8_mask", False)
+        normalize, scale = ask.setting("normalize", normalized), ask.setting("lambda", 1.0)
+        if density and name.startswith("dare") and not ask.setting("rescale", True):
+            raise FileError(
+                f"The recipe {ask.file}: rescale: false is not supported, dropping without rescaling is biased."
+            )
+        parameters: dict[str, Any] = {"scale": scale}
+        if name == "ties":
+            parameters |= {"scope": "tensor", "zero_sums": "positive"}
+        if divided:
+            parameters["divisor"] = "weight" if normalize else "none"
+        elif normalize:
+            total = sum(weights)
+            weights = tuple(w / total for w in weights) if abs(total) >= 1e-8 else weights
+        densities = [min(ask.setting("density", 1.0, place), 1.0) for place in places] if density else []
+        # A density of 0 is a weight of 0: nothing of that model is left.
+        weights = tuple(
+            0.0 if densities and densities[i] <= 0 else weight for i, weight in enumerate(weights)
+        )  # fmt: skip
+        densities = [value if value > 0 else 1.0 for value in densities]
+        own = OURS[name]
+        if not densities:
+            return ask.made(own, **parameters), weights, tuple(places), ()
+        each = tuple(ask.made(own, density=value, **parameters) for value in densities)
+        return each[0], weights, tuple(places), each if len(set(each)) > 1 else ()
+
+    return combination
+
+
+OURS = {"task_arithmetic": "task-arithmetic", "ties": "ties", "dare_ties": "dare-ties", "dare_linear": "dare"}
+
+
+def _slerp(ask: _Question) -> Combination:
+    ask.need_base("slerp")
+    first = next((n for n, source in enumerate(ask.part.sources) if source.model == ask.part.base), None)
+    if first is None or len(ask.part.sources) != 2:
+        raise FileError(f"The recipe {ask.file}: slerp needs two models, of which base_model is one.")
+    return ask.made("slerp", t=ask.setting("t", REQUIRED)), (1.0, 1.0), (first, 1 - first), ()
+
+
+def _near_swap(ask: _Question) -> Combination:
+    ask.need_base("nearswap")
+    first = next((n for n, source in enumerate(ask.part.sources) if source.model == ask.part.base), None)
+    if first is None or len(ask.part.sources) != 2:
+        raise FileError(f"The recipe {ask.file}: nearswap needs two models, of which base_model is one.")
+    return ask.made("near-swap", t=ask.setting("t", REQUIRED)), (1.0, 1.0), (first, 1 - first), ()
+
+
+def _nuslerp(ask: _Question) -> Combination:
+    if ask.setting("nuslerp_row_wise", False) or not ask.setting("nuslerp_flatten", True):
+        raise FileError(f"The recipe {ask.file}: nuslerp is done on whole tensors only (nuslerp_flatten: true).")
+    if ask.part.base is not None:
+        raise FileError(f"The recipe {ask.file}: nuslerp with a base_model is not supported; leave base_model out.")
+    places = ask.others
+    if len(places) != 2:
+        raise FileError(f"The recipe {ask.file}: nuslerp needs two models.")
+    weights = [ask.setting("weight", REQUIRED, place) for place in places]
+    total = sum(weights)
+    t = 0.5 if abs(total) < 1e-6 else weights[1] / total
+    if not 0 <= t <= 1:
+        raise FileError(f"The recipe {ask.file}: the weights of nuslerp must not be negative.")
+    return ask.made("slerp", t=t), (1.0, 1.0), tuple(places), ()
+
+
+def _model_stock(ask: _Question) -> Combination:
+    ask.need_base("model_stock")
+    if ask.setting("filter_wise", False):
+        raise FileError(f"The recipe {ask.file}: filter_wise is not supported.")
+    places = tuple(ask.others)
+    return ask.made("model-stock", clamp=False), (1.0,) * len(places), places, ()
+
+
+def _passthrough(ask: _Question) -> Combination:
+    if len(ask.part.sources) != 1:
+        raise FileError(f"The recipe {ask.file}: passthrough takes one source per slice.")
+    scale = ask.setting("scale", 1.0, 0)
+    if scale == 1.0:
+        return ask.made("average"), (1.0,), (0,), ()
+    return ask.made("average", normalize=False), (scale,), (0,), ()
+
+
+METHODS: dict[str, Callable[[_Question], Combination]] = {
+    "linear": _linear,
+    "task_arithmetic": _task_vectors("task_arithmetic", False, False, False),
+    "ties": _task_vectors("ties", True, True, True),
+    "dare_ties": _task_vectors("dare_ties", False, True, True),
+    "dare_linear": _task_vectors("dare_linear", False, True, False),
+    "slerp": _slerp,
+    "nuslerp": _nuslerp,
+    "nearswap": _near_swap,
+    "model_stock": _model_stock,
+    "passthrough": _passthrough,
+}
+"""By mergekit's name: which of our merges a tensor gets, weights, places of its sources, and parameters of each."""
