@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gratis.cli import CLAIM_FAILED, arguments, terminal
+from gratis.cli.merging import merge
 from gratis.cli.planning import plan
 from gratis.cli.recipes import recipes
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes, name="recipe")
 app.command()(plan)
+app.command()(merge)
 
 MethodName = Annotated[str, typer.Argument(metavar="NAME", autocompletion=arguments.complete_method)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -240,28 +242,6 @@ def list_tasks(as_json: AsJson = False) -> None:
         measures = ", ".join(metric.name.replace("_", " ") for metric in entry.card.metrics)
         table.add_row(entry.name, entry.card.acts_on, measures, entry.card.data)
     terminal.console().print(table)
-
-
-@app.command()
-def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A merge recipe (YAML).")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the merged checkpoint.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads to use.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Combine checkpoints as a recipe says, streamed from disk to disk."""
-    from gratis.subjects.merging import merge_recipe
-    from gratis.trials import words
-
-    with terminal.progress(not as_json) as progress:
-        report = merge_recipe(recipe, out, overwrite=overwrite, threads=threads, progress=progress)
-    if as_json:
-        terminal.print_json(vars(report))
-        return
-    amounts = f"{words.number(report.bytes_read, 'bytes')} read, {words.number(report.bytes_written, 'bytes')} written"
-    print(f"{report.merged} of {report.tensors} tensors merged, {amounts}, {words.number(report.seconds, 's')}")
-    print(report.out)
 
 
 def _measure(

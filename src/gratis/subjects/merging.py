@@ -198,6 +198,34 @@ def merge_state_dicts(
     return merged
 
 
+def merge_into(
+    weights: Mapping[str, Tensor],
+    method: Merge,
+    experts: Sequence[Any],
+    base: Any = None,
+    expert_weights: Sequence[float] | None = None,
+    rules: Sequence[Rule] = (),
+) -> list[str]:
+    """Merge checkpoints or state dicts into tensors that exist, those of a live model. Buffers are left as they are.
+
+    Returns the merged tensors that `weights` has no place for; where there are any, nothing was written.
+    """
+    inputs = _Inputs.open(method, base, experts, expert_weights)
+    places = {name: (place.dtype, place.shape) for name, place in inputs.reference.places.items()}
+    floating = [name for name, (dtype, _) in places.items() if dtype.is_floating_point]
+    missing = [name for name in floating if name not in weights or tuple(weights[name].shape) != places[name][1]]
+    if missing:
+        return missing
+
+    class Live:
+        def write(self, name: str, values: Tensor, start: int = 0) -> None:
+            weights[name].view(-1)[start : start + len(values)] = values.to(weights[name].device)
+
+    with _one_thread_per_operation():
+        _run(inputs, method, rules, places, Live(), STRETCH, 1, None)
+    return []
+
+
 def _run(
     inputs: _Inputs,
     method: Merge,
