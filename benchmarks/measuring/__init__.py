@@ -81,3 +81,15 @@ def store(name: str, content: dict[str, Any]) -> Path:
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(content, indent=1))
     return path
+
+
+def stored(name: str) -> dict[str, Any]:
+    """What an earlier run stored, without machine and date; nothing where there was none."""
+    path = RESULTS / f"{name}.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {key: value for key, value in old.items() if key not in {"date", "machine", "versions"}}
+
+
+def renew(name: str, content: dict[str, Any]) -> Path:
+    """`store`, keeping the parts of an earlier result that `content` does not renew."""
+    return store(name, {**stored(name), **content})
