@@ -53,6 +53,7 @@ def table(*columns: str, numbers: Sequence[int] = ()) -> Table:
 @contextmanager
 def progress(show: bool = True) -> Iterator[Progress]:
     """A Progress that is a live bar on a terminal's error stream, and silent elsewhere."""
+    from gratis.subjects.progress_bar import shown_elsewhere
     from gratis.tasks.task import silent
 
     if not show or not sys.stderr.isatty():
@@ -61,7 +62,8 @@ def progress(show: bool = True) -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console(stderr=True), transient=True) as bar:
+    made = Progress(*columns, TextColumn("{task.description}"), console=console(stderr=True), transient=True)
+    with shown_elsewhere(), made as bar:
         line = bar.add_task("", total=1.0)
 
         def tell(fraction: float, words: str) -> None:

@@ -34,6 +34,10 @@ class InputError(GratisError, ValueError):
     """The data given to a method (arrays, questions, checkpoints' contents) cannot be used."""
 
 
+class MemoryShortError(InputError, MemoryError):
+    """There is no room for a text, before it was read or in the middle of it; the message says what would fit."""
+
+
 class UnknownNameError(GratisError, LookupError):
     """No method, task or model has this name."""
 

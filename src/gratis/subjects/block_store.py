@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gratis.contract.errors import InputError
+from gratis.contract.errors import InputError, MemoryShortError
 
 Place = Literal["device", "memory", "file"]
 KEPT_FREE = 1 << 28
@@ -35,7 +35,7 @@ class BlockStore:
         self._parts: list[_Part] = []
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add blocks (blocks, rows, heads, block, head_dim). Raises InputError where there is no room for them."""
+        """Add blocks (blocks, rows, heads, block, head_dim). Raises MemoryShortError where there is no room for them."""
         if not self._parts:
             self._parts = [_Part(self._place, tensor, self._method) for tensor in (keys, values)]
         for part, tensor in zip(self._parts, (keys, values), strict=True):
@@ -133,7 +133,7 @@ class _File:
             os.posix_fallocate(self._handle.fileno(), 0, size)
         except OSError as error:
             raise InputError(
-                f"{self._method} cannot keep {_gib(size)} of the text in a file of {tempfile.gettempdir()}: "
+                f"{self._method} cannot keep {gib(size)} of the text in a file of {tempfile.gettempdir()}: "
                 f"{error.strerror}; point TMPDIR at a larger disk."
             ) from error
         content = np.memmap(self._handle, dtype=np.uint8, mode="r+", shape=(size,))
@@ -217,14 +217,15 @@ class HotBlocks:
 
 
 def check_room(size: int, method: str) -> None:
-    """Raise InputError if main memory has no room for `size` bytes more."""
+    """Raise MemoryShortError if main memory has no room for `size` bytes more."""
     free = psutil.virtual_memory().available
     if size > max(free - KEPT_FREE, 0):
-        raise InputError(
-            f"{method} needs {_gib(size)} of main memory more to keep the text, and {_gib(free)} are free: use "
+        raise MemoryShortError(
+            f"{method} needs {gib(size)} of main memory more to keep the text, and {gib(free)} are free: use "
             "store='file', or a shorter text."
         )
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes in words."""
     return f"{size / 2**30:.2f} GiB"

@@ -8,8 +8,8 @@ attention does not see the order of keys in memory, and rotary attention sees on
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, ParameterError
-from gratis.subjects.language import Rotation, language_model, rotations, window_of
+from gratis.subjects.language import CachedLayer, Rotation, cached_layers, language_model, window_of
+from gratis.subjects.reading_door import Footprint, Reading, install_reading
 
 
 @dataclass(frozen=True)
@@ -194,17 +195,19 @@ class BoundedCache(Cache):
     to go on with the same text.
     """
 
-    def __init__(self, eviction: Eviction, turns: list[Rotation], window: int | None, method: str) -> None:
+    def __init__(self, eviction: Eviction, layers: list[CachedLayer], window: int | None, method: str) -> None:
         super().__init__(layers=[])
-        self.layers: list[Any] = [BoundedLayer(self, index) for index in range(len(turns))]
+        self.layers: list[Any] = [BoundedLayer(self, index) for index in range(len(layers))]
         self.method = method
         self.stored = 0
         self.seen = 0
         self.padded = False
         """Whether rows were padded to unequal lengths."""
         self.report = CacheReport()
-        self.turns = turns
+        self.turns = [layer.rotation for layer in layers]
+        self._alike = _alike(layers)
         self._eviction, self._window = eviction, window
+        self._torn = False
         self._base = 0
         self._pending = 0
         self._blocks: list[_Block] = []
@@ -221,12 +224,25 @@ class BoundedCache(Cache):
         return torch.arange(self._base + self.stored, self._base + self.stored + count)
 
     def begin(self, count: int) -> None:
-        """Announce a forward pass of `count` tokens, so that no position passes the trained window."""
+        """Announce a forward pass of `count` tokens, so that no position passes the trained window.
+
+        Raises InputError where that needs shorter pieces of text, or where evicting was interrupted.
+        """
+        if self._torn:
+            raise InputError(
+                f"{self.method} was interrupted while it evicted from this cache: start the text again, without it."
+            )
+        if self._window is not None and self.seen and self.stored + count > self._window:
+            raise InputError(
+                f"{self.method} holds {self.stored} entries of a window of {self._window} and cannot read {count} "
+                f"tokens more at once: pass pieces of at most {max(self._window - self.stored, 1)} tokens."
+            )
         self._pending = count
         if self._base and self._window is not None and self._base + self.stored + count > self._window:
+            self._torn = True
             for block in self._blocks:
                 block.turn(slice(0, self.stored), -self._base)
-            self._base = 0
+            self._base, self._torn = 0, False
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new entries and return views of all of them."""
@@ -256,9 +272,12 @@ class BoundedCache(Cache):
         self.stored += count
         self.seen += count
         self.report.peak_bytes = max(self.report.peak_bytes, sum(block.bytes for block in self._blocks))
-        for selection in self._eviction.select(self.stored):
+        chosen = self._eviction.select(self.stored)
+        self._torn = bool(chosen)
+        for selection in chosen:
             self._apply(selection)
             self.report.compactions += 1
+        self._torn = False
         self.report.seen, self.report.stored = self.seen, self.stored
         self._shrink()
 
@@ -272,8 +291,9 @@ class BoundedCache(Cache):
         tokens[:, self.stored : end] = np.arange(self.seen, self.seen + count, dtype=np.int32)
 
     def _add_block(self, layer: int, keys: Tensor, values: Tensor, end: int) -> None:
-        """Memory for this layer and, where it is the first, for all that follow (unless one turns out different)."""
-        rows = [layer] if self._blocks else list(range(layer, len(self.layers)))
+        """Memory for this layer and, where it is the first of its kind, for all that are alike, on their device."""
+        alike = next(group for group in self._alike if layer in group)
+        rows = alike if layer == alike[0] else [layer]
         room = end + 64
 
         def memory(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -298,9 +318,9 @@ class BoundedCache(Cache):
             new[..., : self.stored, :] = old[..., : self.stored, :]
             return new
 
-        block.keys, block.values = resized(block.keys), resized(block.values)
-        if block.precise is not None:
-            block.precise = resized(block.precise)
+        keys, values = resized(block.keys), resized(block.values)
+        precise = None if block.precise is None else resized(block.precise)
+        block.keys, block.values, block.precise = keys, values, precise
 
     def _shrink(self) -> None:
         needed = self.stored + max(self._pending, 64) + 64
@@ -434,31 +454,56 @@ def check_bounded_cache(subject: Any, method: str, budget: int) -> int:
     window = window_of(model)
     if window is not None and budget > window:
         raise ParameterError(f"{method}: budget {budget} is longer than the model's window of {window} tokens.")
-    return len(rotations(model, method))
+    return len(cached_layers(model, method))
 
 
-def prefill_in_chunks(model: Any, chunk: int, scope: Scope) -> None:
-    """Let the model's own `generate` read prompts `chunk` tokens at a time, unless the call says otherwise."""
-    inner = model.generate
+def bounded_footprint(model: Any, method: str, budget: int, piece: int | None, rows: int, tokens: int) -> Footprint:
+    """What `rows` texts of `tokens` tokens take at most under a budget, read `piece` tokens at a time or at once."""
+    return _footprint(cached_layers(model, method), model.dtype, budget, piece, rows, tokens)
 
-    @functools.wraps(inner)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault("prefill_chunk_size", chunk)
-        return inner(*args, **kwargs)
 
-    scope.set_attribute(model, "generate", generate)
+def _footprint(
+    layers: list[CachedLayer], dtype: torch.dtype, budget: int, piece: int | None, rows: int, tokens: int
+) -> Footprint:
+    entries = tokens if piece is None else min(tokens, budget + piece)
+    # Memory grows by a quarter at a time; keys with few digits are kept in float32 besides.
+    room = entries + min(entries, budget) // 4 + 64
+    exact = dtype in (torch.float32, torch.float64)
+    each = sum(
+        dtype.itemsize * layer.numbers
+        + (0 if exact else 4 * layer.heads * (layer.value_dim if layer.rotation.in_values else layer.key_dim))
+        for layer in layers
+    )
+    return Footprint(device=rows * room * each)
+
+
+def _alike(layers: list[CachedLayer]) -> list[list[int]]:
+    """Layers that can share memory: of one shape and on one device."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, layer in enumerate(layers):
+        kind = (layer.heads, layer.key_dim, layer.value_dim, layer.rotation.in_values, str(layer.device))
+        groups.setdefault(kind, []).append(index)
+    return list(groups.values())
 
 
 def install_bounded_cache(
-    model: Any, method: str, begin: Callable[[int], Eviction], scope: Scope
+    model: Any,
+    method: str,
+    budget: int,
+    chunk: int | None,
+    begin: Callable[[int, int], Eviction],
+    scope: Scope,
 ) -> Callable[[], dict[str, Any]]:
     """Make every text that `model` reads use a bounded cache, and return a function that reports on the last one.
 
-    `begin(layers)` starts the eviction rule of one cache. Caches are made at the first forward pass of a text (an
-    empty or absent `past_key_values`); a cache that the model returned goes on where it was.
+    `begin(layers, length)` starts the eviction rule of one cache; `length` is that of the prompt given to generate, or
+    of the first piece of a text. Caches are made at the first forward pass of a text (an empty or absent
+    `past_key_values`); a cache that the model returned goes on where it was. `generate` reads prompts `chunk` tokens at
+    a time, and those longer than the trained window in pieces in any case.
     """
-    turns, window = rotations(model, method), window_of(model)
+    layers, window, dtype = cached_layers(model, method), window_of(model), model.dtype
     signature = inspect.signature(model.forward)
+    here = threading.local()
     last: list[CacheReport] = []
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -468,18 +513,19 @@ def install_bounded_cache(
         uses = kwargs.get("use_cache")
         if cache is None and not (uses if uses is not None else getattr(model.config, "use_cache", True)):
             return (), kwargs
+        given = kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
+        assert given is not None
+        count = int(given.shape[1])
         if not isinstance(cache, BoundedCache):
             _refuse_foreign(cache, method)
-            cache = BoundedCache(begin(len(turns)), turns, window, method)
+            length = getattr(here, "prompt_end", None) or count
+            cache = BoundedCache(begin(len(layers), length), layers, window, method)
             last[:] = [cache.report]
             kwargs["past_key_values"] = cache
             kwargs["use_cache"] = True
         elif cache.method != method:
             raise InputError(f"This cache was filled under {cache.method}: start the text again under {method}.")
-        given = kwargs.get("input_ids")
-        given = kwargs.get("inputs_embeds") if given is None else given
-        assert given is not None
-        count = int(given.shape[1])
         cache.begin(count)
         mask = kwargs.get("attention_mask")
         if count > 1 and mask is not None:
@@ -500,6 +546,15 @@ def install_bounded_cache(
             if cache.evicted and cache.padded:
                 raise InputError(_UNEQUAL.format(method=method))
 
+    def footprint(rows: int, tokens: int) -> Footprint:
+        piece = chunk if chunk is not None or window is None or tokens <= window else window
+        return _footprint(layers, dtype, budget, piece, rows, tokens)
+
+    spare = None if window is None else max(window - budget - len(layers), 1)
+    advice = "lower budget, or read in pieces with chunk" if chunk is None else "lower budget or chunk"
+    install_reading(
+        model, Reading(method, budget, chunk, True, footprint, advice, spare=spare), here, scope
+    )  # fmt: skip
     scope.hook(model.register_forward_pre_hook(before, with_kwargs=True))
     scope.hook(model.register_forward_hook(after, with_kwargs=True))
     return lambda: last[0].values() if last else CacheReport().values()
@@ -512,9 +567,11 @@ _UNEQUAL = (
 
 
 def _refuse_foreign(cache: Any, method: str) -> None:
-    if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading):
+    plain = type(cache) is DynamicCache and not cache.offloading
+    plain = plain and all(type(layer) is DynamicLayer for layer in cache.layers)
+    if cache is None or (plain and cache.get_seq_length() == 0):
         return
-    if type(cache) is DynamicCache and not cache.offloading:
+    if plain:
         raise InputError(
             f"{method} must see a text from its start: pass an empty cache, or the one that an earlier call under "
             f"{method} returned."

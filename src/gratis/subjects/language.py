@@ -110,8 +110,29 @@ class Rotation:
         return keys
 
 
+@dataclass(frozen=True)
+class CachedLayer:
+    """What one layer puts into the cache per token and row of the batch, and where."""
+
+    rotation: Rotation
+    heads: int
+    key_dim: int
+    value_dim: int
+    device: torch.device
+
+    @property
+    def numbers(self) -> int:
+        """Numbers per token and row."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+
 def rotations(model: Any, method: str) -> list[Rotation]:
-    """One Rotation per cache layer, found by running single tokens at two positions and comparing the cached keys.
+    """One Rotation per cache layer; see `cached_layers`."""
+    return [layer.rotation for layer in cached_layers(model, method)]
+
+
+def cached_layers(model: Any, method: str) -> list[CachedLayer]:
+    """The cache's layers, found by running single tokens at two positions and comparing the cached keys.
 
     Raises SubjectError with the reason where the cached keys cannot be moved to other positions: positions that are
     learned, added as a bias (ALiBi) or whose frequencies depend on the length, and layers that keep something else
@@ -140,7 +161,10 @@ def rotations(model: Any, method: str) -> list[Rotation]:
             f"{method} needs cached keys that turn with position_ids; those of this {type(model).__name__} do not (it "
             "counts positions by itself, adds them to the attention, or has none)."
         )
-    return found
+    return [
+        CachedLayer(rotation, keys.shape[1], keys.shape[-1], values.shape[-1], keys.device)
+        for rotation, (keys, values) in zip(found, here, strict=True)
+    ]
 
 
 def _refuse_length_dependent(model: Any, method: str) -> None:

@@ -8,7 +8,6 @@ window of the memory, nothing of this happens: the model attends as it does by i
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import threading
 import weakref
@@ -17,12 +16,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.subjects.attention_door import check_attention, install_attention
 from gratis.subjects.language import Angles, Rotation, language_model, rotations, text_config, window_of
+from gratis.subjects.reading_door import Reading, install_reading
 
 PROBE_LENGTH = 24
 _CHANGES_LOGITS = ("s_aux", "softcap", "position_bias", "sliding_window", "window_size")
@@ -79,7 +79,7 @@ class Text:
         self.prompt_end: int | None = None
         """Length at which a prompt of `generate` ends, None outside."""
         self._angles: dict[tuple[int, int, int, torch.dtype, str], Angles] = {}
-        self._masks: dict[tuple[int, int, int, int, bool], Tensor] = {}
+        self._masks: dict[tuple[int, int, int, int, bool, str], Tensor] = {}
 
     def angles(self, rotation: Rotation, start: int, stop: int, like: Tensor, scale: float = 1.0) -> Angles:
         """What turns entries to positions `start` to `stop`, made once for all layers."""
@@ -97,7 +97,7 @@ class Text:
 
         Query i is `offset + i - j` tokens behind key j; inside are those at 0 to `window - 1`.
         """
-        key = (queries, keys, offset, window, outside)
+        key = (queries, keys, offset, window, outside, str(device))
         if key not in self._masks:
             if len(self._masks) >= 8:
                 self._masks.clear()
@@ -176,6 +176,8 @@ class MemoryCache(Cache):
         self.padded = False
         self.asked: LayerMemory | None = None
         """The memory of the layer that is about to attend."""
+        self.torn = False
+        """Whether a pass over the text has begun and not ended."""
 
     @property
     def memories(self) -> list[LayerMemory]:
@@ -221,8 +223,12 @@ class MemoryCache(Cache):
         return len(keys) if keys is not None else 1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refused: every reordering would copy all that is remembered. Raises InputError."""
-        raise InputError(f"{self.method} keeps one memory per text and cannot follow beams: generate with num_beams=1.")
+        """Follow beams while the text fits the window; later it would copy all that is remembered. Raises InputError."""
+        if self.outgrown:
+            raise InputError(
+                f"{self.method} keeps one memory per text and cannot follow beams: generate with num_beams=1."
+            )
+        self.batch_select_indices(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused. Raises InputError unless there is nothing to remove."""
@@ -288,13 +294,12 @@ def install_memory(
     window: int,
     make: MakeMemories,
     scope: Scope,
-    announce: Callable[[int], None] = lambda tokens: None,
+    reading: Reading | None = None,
 ) -> Callable[[], dict[str, Any]]:
     """Give every layer of `model` a memory for each text that it reads; return what reports on the last text.
 
     `make(rotations, text)` makes the memories of a text's layers. As long as the text is at most `window` tokens, the
-    model attends as it does by itself. `announce` is told how many tokens a prompt of `generate` has, all rows
-    together, and may refuse them.
+    model attends as it does by itself. `reading` says how `generate` reads prompts.
     """
     turns = rotations(model, method)
     signature = inspect.signature(model.forward)
@@ -319,6 +324,11 @@ def install_memory(
             kwargs["past_key_values"], kwargs["use_cache"] = cache, True
         elif cache.method != method:
             raise InputError(f"This cache was filled under {cache.method}: start the text again under {method}.")
+        if cache.torn:
+            raise InputError(
+                f"{method} was interrupted while it read into this memory, which holds a part of the last piece: start "
+                "the text again, without it."
+            )
         given = kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if given is None else given
         assert given is not None
@@ -339,6 +349,7 @@ def install_memory(
             kwargs["position_ids"] = torch.zeros(shape, dtype=torch.long, device=given.device)
         cache.text.prompt_end = getattr(here, "prompt_end", None)
         here.cache, here.count = cache, count
+        cache.torn = True
         return (), kwargs
 
     def attend(inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -363,26 +374,13 @@ def install_memory(
         cache = getattr(here, "cache", None)
         if cache is not None:
             cache.text.seen += here.count
-            here.cache = None
+            here.cache, cache.torn = None, False
 
-    inner_generate = model.generate
-
-    @functools.wraps(inner_generate)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        given = next((kwargs[n] for n in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(n) is not None), None)
-        given = args[0] if given is None and args else given
-        here.prompt_end = int(given.shape[1]) if given is not None else None
-        if given is not None:
-            announce(int(given.shape[0]) * int(given.shape[1]))
-        try:
-            return inner_generate(*args, **kwargs)
-        finally:
-            here.prompt_end = None
-
+    if reading is not None:
+        install_reading(model, reading, here, scope)
     install_attention(model, method.lower(), attend, scope)
     scope.hook(model.register_forward_pre_hook(before, with_kwargs=True))
     scope.hook(model.register_forward_hook(after, with_kwargs=True))
-    scope.set_attribute(model, "generate", generate)
     return lambda: _report(last[0]) if last else {}
 
 
@@ -394,9 +392,11 @@ def _report(cache: MemoryCache) -> dict[str, Any]:
 
 
 def _refuse_foreign(cache: Any, method: str) -> None:
-    if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading):
+    plain = type(cache) is DynamicCache and not cache.offloading
+    plain = plain and all(type(layer) is DynamicLayer for layer in cache.layers)
+    if cache is None or (plain and cache.get_seq_length() == 0):
         return
-    if type(cache) is DynamicCache and not cache.offloading:
+    if plain:
         raise InputError(
             f"{method} must see a text from its start: pass no cache, or the one that an earlier call under {method} "
             "returned."

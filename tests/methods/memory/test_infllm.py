@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import gratis
-from gratis.contract.errors import InputError, ParameterError, SubjectError
+from gratis.contract.errors import InputError, MemoryShortError, ParameterError, SubjectError
 from gratis.methods.memory.infllm import BlockMemory
+from gratis.subjects.block_store import KEPT_FREE
 from gratis.subjects.language import Rotation
 from gratis.subjects.unrotated_door import MemoryCache, Text
 from tests import tiny_language as tiny
@@ -318,22 +319,31 @@ def test_generation_settings_that_contradict_it_are_refused(options, message):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, **options)
 
 
-def test_rows_of_unequal_length_are_refused_past_the_window_only():
+def test_rows_of_unequal_length_are_each_read_as_if_alone_past_the_window():
     model = tiny.tiny_language_model()
-    ids, mask = tiny.prompt(2), torch.ones(2, 40, dtype=torch.long)
-    mask[0, :3] = 0
-    with gratis.attach(model, gratis.InfLLM(**{**SMALL, "window": 64})):
-        model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    ids, mask = tiny.prompt(3), torch.ones(3, 40, dtype=torch.long)
+    mask[0, :3] = mask[2, :3] = 0
+    with gratis.attach(model, gratis.InfLLM(**{**SMALL, "window": 32})):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+        for row, padding in enumerate((3, 0, 3)):
+            own = ids[row : row + 1, padding:]
+            alone = model.generate(own, attention_mask=torch.ones_like(own), max_new_tokens=12, do_sample=False)
+            assert torch.equal(out[row, :padding], ids[row, :padding])
+            assert torch.equal(out[row, padding:], alone[0])
         with pytest.raises(InputError, match="one at a time"):
-            model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+            model(ids, attention_mask=mask)
+        with pytest.raises(InputError, match="unequal lengths"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True)
 
 
 def test_a_text_that_memory_cannot_hold_is_refused_before_it_is_read(monkeypatch):
     model = tiny.tiny_language_model()
     ids = tiny.prompt()
-    free = type("Free", (), {"available": 1000})
+    free = type("Free", (), {"available": KEPT_FREE + 60_000})
     monkeypatch.setattr("gratis.subjects.block_store.psutil.virtual_memory", lambda: free)
-    with gratis.attach(model, gratis.InfLLM(**SMALL)), pytest.raises(InputError, match="store='file'"):
+    with gratis.attach(model, gratis.InfLLM(**SMALL)), pytest.raises(
+        MemoryShortError, match=r"about \d+ tokens fit; use store='file'"
+    ):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
     with gratis.attach(model, gratis.InfLLM(**SMALL, store="file")):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)

@@ -8,6 +8,7 @@ distances are those of the released code (attention received; everything outside
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from gratis.contract.attach import Scope
 from gratis.contract.card import Card, Claim
-from gratis.contract.errors import ParameterError, SubjectError
+from gratis.contract.errors import MemoryShortError, ParameterError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
-from gratis.subjects.block_store import BlockStore, HotBlocks, check_room
-from gratis.subjects.bounded_cache import prefill_in_chunks
-from gratis.subjects.language import Rotation, text_config
+from gratis.subjects.block_store import BlockStore, HotBlocks, gib
+from gratis.subjects.language import CachedLayer, Rotation, cached_layers, text_config
+from gratis.subjects.reading_door import Footprint, Reading
 from gratis.subjects.unrotated_door import LayerMemory, Text, check_memory, install_memory
 
 
@@ -117,6 +118,18 @@ class InfLLM(Attachable):
         "attention", help="representatives by attention received (released code), or by q·k (paper)"
     )
     distance_scale: float = param(1.0, above=0, help="factor of all distances")
+    base: float | None = param(
+        None, above=1, help="rotary base of texts that outgrow the window; None: the model's own frequencies"
+    )
+    together: int = param(
+        1, at_least=1, unit="look-ups", help="look-ups of a prompt whose scores are computed at once, older blocks only"
+    )
+    memory_budget: float | None = param(
+        None, above=0, unit="GiB", help="main memory that blocks may take; None: what is free"
+    )
+    compat: bool = param(
+        False, help="as the released prefill: tokens between window and blocks may be attended to twice"
+    )
 
     def check_parameters(self) -> None:
         if self.lookup is not None and self.lookup > self.window:
@@ -127,31 +140,64 @@ class InfLLM(Attachable):
             raise ParameterError(f"InfLLM: representatives {self.representatives} must be at most block {self.block}.")
 
     def check(self, subject: Any) -> None:
-        # Memories that hold a text whole must compute what the model does, which a scale of distances would hide.
-        plain = self.replace(distance_scale=1.0)
+        # Memories that hold a text whole must compute what the model does, which other distances would hide.
+        plain = self.replace(distance_scale=1.0, base=None)
         check_memory(subject, type(self).__name__, self.window, plain._memories)
-        if self.chunk is not None and not hasattr(subject, "generate"):
-            raise SubjectError(f"InfLLM: this {type(subject).__name__} does not generate.")
 
     def install(self, subject: Any, scope: Scope) -> Any:
-        def announce(tokens: int) -> None:
-            if self.store != "file":
-                check_room(self.bytes_for(subject, tokens), "InfLLM")
+        layers = cached_layers(subject, type(self).__name__)
+        there = "" if self.store == "file" else "use store='file', or "
 
-        report = install_memory(subject, type(self).__name__, self.window, self._memories, scope, announce)
-        if self.chunk is not None:
-            prefill_in_chunks(subject, self.chunk, scope)
-        return report
+        def announce(rows: int, tokens: int) -> None:
+            stored = max(tokens - self.window - self.sinks, 0) // self.block * self.block
+            self._check_budget(rows * stored * sum(layer.numbers for layer in layers) * subject.dtype.itemsize, tokens)
+
+        reading = Reading(
+            type(self).__name__, self.window, self.chunk, False,
+            lambda rows, tokens: self._footprint(subject, layers, rows, tokens), f"{there}pass a shorter text", announce,
+        )  # fmt: skip
+        return install_memory(subject, type(self).__name__, self.window, self._memories, scope, reading)
 
     def _memories(self, turns: list[Rotation], text: Text) -> list[LayerMemory]:
-        return [BlockMemory(self, turn, text) for turn in turns]
+        return [BlockMemory(self, turn, text, len(turns)) for turn in turns]
 
-    def bytes_for(self, model: Any, tokens: int) -> int:
-        """Bytes of the keys and values of `tokens` tokens on `model`."""
-        config = text_config(model)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * config.num_hidden_layers * tokens * heads * dim * model.dtype.itemsize)
+    def _check_budget(self, size: int, tokens: int) -> None:
+        """Refuse blocks of `size` bytes, of a text of `tokens` tokens, that exceed the memory budget."""
+        if self.memory_budget is None or self.store == "file" or size <= self.memory_budget * 2**30:
+            return
+        fits = int(self.memory_budget * 2**30 / size * max(tokens - self.window - self.sinks, 0))
+        raise MemoryShortError(
+            f"InfLLM: blocks of {tokens:,} tokens take {gib(size)}, over the memory_budget of {self.memory_budget} GiB: "
+            f"about {self.window + self.sinks + fits:,} tokens fit; raise it, or use store='file'."
+        )
+
+    def footprint(self, model: Any, tokens: int, rows: int = 1) -> Footprint:
+        """Bytes that `rows` texts of `tokens` tokens take at most on `model`: grows with the text in `store` only."""
+        return self._footprint(model, cached_layers(model, type(self).__name__), rows, tokens)
+
+    def _footprint(self, model: Any, layers: list[CachedLayer], rows: int, tokens: int) -> Footprint:
+        size, sinks = model.dtype.itemsize, min(self.sinks, tokens)
+        stored = tokens // self.block * self.block if tokens > self.window else 0
+        piece = min(tokens, self.chunk or tokens)
+        recent = min(tokens, 2 * self.window + 2 * self.block + piece)
+        far = sinks + self.blocks * self.block if stored else 0
+        heads = int(text_config(model).num_attention_heads)
+        apart = self.store == "file" or (self.store == "memory" and model.device.type != "cpu")
+        hot = self.hot_blocks * self.block if stored and apart else 0
+        near = blocks = 0
+        for layer in layers:
+            # Recent keys are kept as they came and turned.
+            near += recent * (layer.numbers + layer.heads * layer.key_dim) * size
+            near += far * layer.numbers * size * (heads // layer.heads if self.per_head else 1)
+            near += hot * layer.numbers * size + 4 * heads * recent
+            near += 4 * heads * layer.key_dim * (stored // self.block) * 3 // 2
+            blocks += stored * layer.numbers * size
+        # What grows by half at a time is copied meanwhile.
+        blocks = rows * blocks if self.store == "file" else rows * blocks * 3 // 2
+        where = {"file": "file", "memory": "main", "device": "device"}[self.store]
+        parts = {"device": rows * near, "main": 0, "file": 0}
+        parts[where] += blocks
+        return Footprint(**parts)
 
 
 class BlockMemory:
@@ -160,8 +206,15 @@ class BlockMemory:
     Positions count from the start of the text. `first` is that of the oldest recent entry, `end` that after the newest.
     """
 
-    def __init__(self, method: InfLLM, turn: Rotation, text: Text) -> None:
+    def __init__(self, method: InfLLM, turn: Rotation, text: Text, layers: int = 1) -> None:
         self.method, self.turn, self.text = method, turn, text
+        self._layers = layers
+        self._wrote = turn
+        """The rotation of what the model wrote into its cache."""
+        if method.base is not None and not turn.none:
+            pairs = turn.frequencies.numel()
+            powers = torch.arange(0, 2 * pairs, 2).double() / (2 * pairs)
+            self.turn = replace(turn, frequencies=(method.base**-powers).to(turn.frequencies.dtype))
         self.first = self.end = 0
         self._left = False
         """Whether the text outgrew the window."""
@@ -182,6 +235,8 @@ class BlockMemory:
         self._chosen = np.empty((0, 0), dtype=np.int64)
         """(groups, slots) numbers of the blocks in `_far`; -1 where none is. A group is a row, or a row's head."""
         self._lookups = 0
+        self._ahead: list[NDArray[np.int64]] = []
+        """What the next look-ups want, where several were scored at once."""
 
     # What the model's own cache would keep, while the text fits the window
 
@@ -225,11 +280,11 @@ class BlockMemory:
         if self._rotated is None:
             return
         keys = self._rotated[:, :, : self.end].to(torch.float32, copy=True)
-        self.turn.turn_(keys, -torch.arange(self.end) * 1.0)
+        self._wrote.turn_(keys, -torch.arange(self.end) * 1.0)
         plain = torch.empty_like(self._rotated)
         plain[:, :, : self.end] = keys.to(plain.dtype)
         self._plain = plain
-        if self.method.distance_scale != 1:
+        if self.method.distance_scale != 1 or self.turn is not self._wrote:
             self.turn.turn_(keys, torch.arange(self.end) * self.method.distance_scale)
             self._rotated[:, :, : self.end] = keys.to(plain.dtype)
 
@@ -243,10 +298,13 @@ class BlockMemory:
             # The last token of a prompt looks up for itself: it knows what was asked.
             ends.insert(-1, length - 1)
         outputs, begin = [], 0
-        for stop in ends:
+        for number, stop in enumerate(ends):
             now = slice(begin, stop)
+            if self.method.together > 1 and number % self.method.together == 0:
+                self._score_ahead(query, begin, ends[number : number + self.method.together], scaling)
             outputs.append(self._read_together(query[:, :, now], key[:, :, now], value[:, :, now], scaling))
             begin = stop
+        self._ahead = []
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
     def _read_together(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -271,7 +329,7 @@ class BlockMemory:
             pieces.append((self._far[0][:, :, :width], self._far[1][:, :, :width], None))
         if between > self.first:
             apart = None
-            if count > 1:
+            if count > 1 and not method.compat:
                 width, offset = between - self.first, begin - self.first
                 apart = self.text.mask(count, width, offset, method.window, query.device, outside=True)
             pieces.append((self._plain[:, :, here], self._values[:, :, here], apart))
@@ -323,20 +381,37 @@ class BlockMemory:
         if not known:
             return
         rows, heads = query.shape[:2]
-        if known <= self.method.blocks:
+        if self._ahead:
+            wanted = self._ahead.pop(0)
+        elif known <= self.method.blocks:
             wanted = np.tile(np.arange(known), (rows * (heads if self.method.per_head else 1), 1))
         else:
-            assert self._standing is not None
-            mean = query.float().mean(2)
-            standing = self._standing[:, :known]
-            if self.method.per_head:
-                scores = torch.einsum("rnhd,rhd->rhn", standing, mean).flatten(0, 1)
-            else:
-                scores = (standing.flatten(2) @ mean.flatten(1)[:, :, None])[..., 0]
-            wanted = scores.topk(self.method.blocks, sorted=False).indices.cpu().numpy()
-            wanted.sort(1)
+            mean = query[:, :, 0].float() if query.shape[2] == 1 else query.float().mean(2)
+            wanted = self._best(mean[:, None], known)[0]
         self._lookups += 1
         self._fetch(wanted)
+
+    def _best(self, means: Tensor, known: int) -> NDArray[np.int64]:
+        """(n, groups, blocks) numbers, ascending, of the `known` blocks that agree best with (rows, n, heads, head_dim)."""
+        assert self._standing is not None
+        standing = self._standing[:, :known]
+        if self.method.per_head:
+            scores = torch.einsum("rnhd,rlhd->lrhn", standing, means).flatten(1, 2)
+        else:
+            scores = (standing.flatten(2) @ means.flatten(2).transpose(1, 2)).permute(2, 0, 1)
+        wanted: NDArray[np.int64] = scores.topk(self.method.blocks, sorted=False).indices.cpu().numpy()
+        wanted.sort(-1)
+        return wanted
+
+    def _score_ahead(self, query: Tensor, begin: int, ends: list[int], scaling: float) -> None:
+        """Decide the look-ups of the pieces that stop at `ends` in one product; none while all blocks are taken."""
+        known = self._store.count
+        if known <= self.method.blocks:
+            return
+        distant = self._fixed(query[:, :, begin : ends[-1]] * scaling).float()
+        sizes = [stop - start for start, stop in zip([begin, *ends], ends, strict=False)]
+        means = torch.stack([piece.mean(2) for piece in distant.split(sizes, 2)], 1)
+        self._ahead = list(self._best(means, known))
 
     def _fetch(self, wanted: NDArray[np.int64]) -> None:
         """Bring `wanted` (groups, n) into the slots, in the place of what is not wanted any more."""
@@ -409,6 +484,9 @@ class BlockMemory:
         if self.end - self._origin + keys.shape[2] <= self._rotated.shape[2]:
             return
         room = self._rotated.shape[2]
+        if self._left:
+            # After a long piece less is needed than it took.
+            room = min(room, 2 * needed + self.method.window + 2 * self.method.block)
         if needed + self.method.window // 2 > room:
             room = needed + max(needed // 4, self.method.window if self._left else 64)
         old = slice(self.first - self._origin, self.end - self._origin)
@@ -457,6 +535,8 @@ class BlockMemory:
         assert self._plain is not None
         assert self._values is not None
         assert self._scores is not None
+        each = sum(int(tensor[:, :, : method.block].nbytes) for tensor in (self._plain, self._values))
+        method._check_budget((self._store.count + count) * each * self._layers, self.end)
         if self._far is None:
             self._set_aside(self._plain, self._values)
         at = slice(start - self._origin, start - self._origin + count * method.block)

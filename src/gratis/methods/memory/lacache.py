@@ -17,7 +17,8 @@ from gratis.contract.card import Card, Claim
 from gratis.contract.errors import ParameterError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
-from gratis.subjects.bounded_cache import Selection, check_bounded_cache, install_bounded_cache, prefill_in_chunks
+from gratis.subjects.bounded_cache import Selection, bounded_footprint, check_bounded_cache, install_bounded_cache
+from gratis.subjects.reading_door import Footprint
 
 
 class LaCache(Attachable):
@@ -89,7 +90,13 @@ class LaCache(Attachable):
         "released", help="short ladders stacked along the depth (released code), or one ladder (as drawn in the paper)"
     )
     chunk: int | None = param(
-        None, above=0, unit="tokens", help="read prompts of generate in pieces of this length, thinning in between"
+        None,
+        above=0,
+        unit="tokens",
+        help="read prompts of generate in pieces of this length, thinning in between; None: at once, up to the window",
+    )
+    share: float | None = param(
+        None, above=0, at_most=1, help="keep this share of each text's prompt (or first piece), at most budget tokens"
     )
 
     def check_parameters(self) -> None:
@@ -101,9 +108,14 @@ class LaCache(Attachable):
         Ladders(self, layers)
 
     def install(self, subject: Any, scope: Scope) -> Any:
-        if self.chunk is not None:
-            prefill_in_chunks(subject, self.chunk, scope)
-        return install_bounded_cache(subject, type(self).__name__, lambda layers: Ladders(self, layers), scope)
+        def begin(layers: int, length: int) -> Ladders:
+            return Ladders(self, layers, None if self.share is None else int(self.share * length))
+
+        return install_bounded_cache(subject, type(self).__name__, self.budget, self.chunk, begin, scope)
+
+    def footprint(self, model: Any, tokens: int, rows: int = 1) -> Footprint:
+        """Bytes that `rows` texts of `tokens` tokens take at most on `model`."""
+        return bounded_footprint(model, type(self).__name__, self.budget, self.chunk, rows, tokens)
 
 
 class Ladders:
@@ -112,7 +124,8 @@ class Ladders:
     A ladder is `tall` neighbouring slots, of which every layer keeps `kept`; layer i keeps those from offset i on.
     """
 
-    def __init__(self, method: LaCache, layers: int) -> None:
+    def __init__(self, method: LaCache, layers: int, kept: int | None = None) -> None:
+        """The rule for one text of a model of `layers` layers; `kept` entries per layer where that is below budget."""
         span = method.span if method.span is not None else layers // 2
         if span < 1 or span > layers:
             raise ParameterError(f"LaCache: span {span} must be between 1 and the model's {layers} layers.")
@@ -131,7 +144,7 @@ class Ladders:
                 f"LaCache: budget {method.budget} is below {least}, the least for {layers} layers, {method.sinks} "
                 f"sinks and ladders of {self.tall}; raise it."
             )
-        self.budget = method.budget
+        self.budget = method.budget if kept is None else min(method.budget, max(kept, least))
         self.cursor = method.sinks
         self.first = True
 

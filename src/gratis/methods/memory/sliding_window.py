@@ -15,7 +15,8 @@ from gratis.contract.card import Card, Claim
 from gratis.contract.errors import ParameterError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
-from gratis.subjects.bounded_cache import Selection, check_bounded_cache, install_bounded_cache, prefill_in_chunks
+from gratis.subjects.bounded_cache import Selection, bounded_footprint, check_bounded_cache, install_bounded_cache
+from gratis.subjects.reading_door import Footprint
 
 
 class SlidingWindow(Attachable):
@@ -52,7 +53,10 @@ class SlidingWindow(Attachable):
     budget: int = param(1024, above=1, unit="tokens", help="entries kept per layer", search=(256, 4096))
     sinks: int = param(4, at_least=0, unit="tokens", help="first tokens, always kept; part of budget", search=(0, 64))
     chunk: int | None = param(
-        None, above=0, unit="tokens", help="read prompts of generate in pieces of this length, evicting in between"
+        None,
+        above=0,
+        unit="tokens",
+        help="read prompts of generate in pieces of this length, evicting in between; None: at once, up to the window",
     )
 
     def check_parameters(self) -> None:
@@ -63,9 +67,12 @@ class SlidingWindow(Attachable):
         check_bounded_cache(subject, type(self).__name__, self.budget)
 
     def install(self, subject: Any, scope: Scope) -> Any:
-        if self.chunk is not None:
-            prefill_in_chunks(subject, self.chunk, scope)
-        return install_bounded_cache(subject, type(self).__name__, lambda layers: self, scope)
+        name = type(self).__name__
+        return install_bounded_cache(subject, name, self.budget, self.chunk, lambda layers, length: self, scope)
+
+    def footprint(self, model: Any, tokens: int, rows: int = 1) -> Footprint:
+        """Bytes that `rows` texts of `tokens` tokens take at most on `model`."""
+        return bounded_footprint(model, type(self).__name__, self.budget, self.chunk, rows, tokens)
 
     def select(self, length: int) -> list[Selection]:
         """Keep the first `sinks` and the last `budget - sinks` of `length` entries, the same in every layer."""
