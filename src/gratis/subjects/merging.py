@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import filecmp
 import fnmatch
+import hashlib
 import json
 import math
 import os
@@ -29,17 +30,16 @@ from torch import Tensor
 
 from gratis.contract.errors import FileError, GratisWarning, InputError, ParameterError
 from gratis.contract.method import Cutoff, Merge, MergePart
-from gratis.subjects.checkpoints import DTYPES, Checkpoint, Writer
+from gratis.subjects.checkpoints import DTYPES, Checkpoint, TensorPlace, TensorSource, Writer, fingerprint
+from gratis.subjects.merged_folder import carry, describe, recipe_of, write_card, write_record
+from gratis.subjects.opening_checkpoints import drop_tied, open_checkpoint
 from gratis.subjects.selection import Stretch, largest, last_tie
 
 STRETCH = 131072
 """Elements worked on at a time; a multiple of 65,536, where random streams begin anew."""
 BLOCK = 65536
-CARRIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
-"""Files that are copied from the base."""
+JOURNAL_SECONDS = 5.0
+"""How often what is done is written down, for going on after a kill."""
 
 MergeProgress = Callable[[float, str], None]
 
@@ -115,6 +115,8 @@ class MergeReport:
     bytes_read: int
     bytes_written: int
     seconds: float
+    resumed: bool = False
+    """Whether it went on with what a killed merge of the same inputs had done."""
 
 
 def merge(
@@ -139,6 +141,10 @@ def merge(
     `dtype` is the result's ("float32", "bfloat16",
     "float16"), the base's by default; the arithmetic is float32. The result is the same for any `threads` and `stretch`.
 
+    A checkpoint is a safetensors file, a folder with one or several, a diffusers pipeline, a GGUF file, or a PEFT adapter
+    of the base (`MODEL+ADAPTER` for one of another model). A merge that was killed or interrupted leaves `OUT.partial`;
+    the same merge goes on from there, to the same bytes. `merge.json` in `out` records the recipe and checksums.
+
     Raises FileError for damaged files, a full disk or an output that exists, InputError for checkpoints that do not fit
     together or hold values that are not finite, before or without leaving anything under `out`.
     """
@@ -153,22 +159,30 @@ def merge(
         for name, p in reference.places.items()
     }
     size = sum(math.prod(shape) * d.itemsize for d, shape in places.values())
-    free = shutil.disk_usage(_existing(target.parent)).free
+    left = target.with_name(f"{target.name}.partial")
+    held = sum(file.stat().st_blocks * 512 for file in left.rglob("*") if file.is_file())
+    free = shutil.disk_usage(_existing(target.parent)).free + held
     if free < size:
         raise FileError(f"The disk of {target} has {free:,} bytes free; the merge needs {size:,}.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    writer = Writer(target, places, shard_bytes)
+    homes = {name: (p.component, p.stem) for name, p in reference.places.items() if isinstance(p, TensorPlace)}
+    writer = Writer(target, places, shard_bytes, homes, _plan(inputs, method, rules, dtype, _whole_blocks(stretch)))
+    resumed = bool(writer.left)
     try:
         with _one_thread_per_operation():
             _run(inputs, method, rules, places, writer, stretch, threads or min(os.cpu_count() or 1, 4), progress)
-        _carry(inputs, writer.folder, method)
+        _describe_folder(inputs, writer, method, dtype, rules)
         writer.finish()
-    except BaseException:
+    except Exception:
         writer.abandon()
+        raise
+    except BaseException:
+        # Interrupted: the same merge goes on from here the next time.
+        writer.keep()
         raise
     floating = sum(p.dtype.is_floating_point for p in reference.places.values())
     read = sum(c.bytes for c in inputs.all)
-    return MergeReport(target, len(places), floating, read, size, time.perf_counter() - began)
+    return MergeReport(target, len(places), floating, read, size, time.perf_counter() - began, resumed)
 
 
 def merge_state_dicts(
@@ -246,11 +260,55 @@ def _run(
     _Engine(inputs, _whole_blocks(stretch), threads).copy_the_rest(writer)
     sizes = [sum(inputs.reference.places[name].elements for name in portion.names) for portion in found]
     done, total = 0, sum(sizes) or 1
-    for portion, size in zip(found, sizes, strict=True):
+    for number, (portion, size) in enumerate(zip(found, sizes, strict=True)):
         engine = _Engine(inputs.of(portion), _whole_blocks(stretch), threads, portion.each)
         begun, part = done / total, size / total
-        engine.run(portion.method, portion.names, places, writer, lambda f, w, b=begun, p=part: tell(b + p * f, w))
+        notes = _Notes(writer, str(number))
+        engine.run(
+            portion.method, portion.names, places, writer, notes, lambda f, w, b=begun, p=part: tell(b + p * f, w)
+        )
         done += size
+
+
+class _Notes:
+    """What of a portion is done, written down beside an output on disk and read again after a kill."""
+
+    def __init__(self, writer: Any, portion: str) -> None:
+        self._writer = writer if isinstance(writer, Writer) else None
+        self._done, self._cutoffs = f"done {portion}", f"cutoffs {portion}"
+        self._old: dict[str, Any] = self._writer.left if self._writer is not None else {}
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._old.get(self._done) == "all")
+
+    @property
+    def cutoffs(self) -> dict[tuple[str, int], Cutoff]:
+        return {(name, number): Cutoff(at, last) for name, number, at, last in self._old.get(self._cutoffs, ())}
+
+    def found(self, cutoffs: Mapping[tuple[str, int], Cutoff]) -> None:
+        if self._writer is not None:
+            rows = [[name, number, cutoff.magnitude, cutoff.last] for (name, number), cutoff in cutoffs.items()]
+            self._note({self._cutoffs: rows})
+
+    def left(self) -> tuple[int, dict[str, float], list[int]]:
+        """Parts that are done, sums over them, and those that are to be revised."""
+        count, totals, marked = self._old.get(self._done, (0, {}, []))
+        return count, dict(totals), list(marked)
+
+    def done(self, count: int, totals: Mapping[str, float], marked: Sequence[int]) -> None:
+        if self._writer is not None and time.monotonic() - self._writer.noted >= JOURNAL_SECONDS:
+            self._writer.note({self._done: (count, dict(totals), list(marked))})
+
+    def finished(self) -> None:
+        self._note({self._done: "all"})
+
+    def _note(self, notes: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        self._writer.remember(notes)
+        if time.monotonic() - self._writer.noted >= JOURNAL_SECONDS:
+            self._writer.note({})
 
 
 @dataclass(frozen=True)
@@ -290,12 +348,13 @@ class _Inputs:
         def opened(source: Any) -> Any:
             if hasattr(source, "places"):
                 return source
-            return _StateDict(source) if isinstance(source, Mapping) else Checkpoint(source)
+            return _StateDict(source) if isinstance(source, Mapping) else open_checkpoint(source, self.base)
 
         if not experts:
             raise InputError(f"{method.name} needs at least one expert.")
         if method.needs_base and base is None:
             raise InputError(f"{method.name} needs the base that the experts were fine-tuned from: name it.")
+        self.base: Any = None
         self.base = opened(base) if base is not None else None
         self.experts = [opened(expert) for expert in experts]
         self.weights = weights
@@ -330,6 +389,7 @@ class _Inputs:
 
     def check(self, method: Merge) -> None:
         method.check_experts(len(self.experts))
+        drop_tied(self.all)
         reference = self.reference
         for other in self.all:
             if other is reference:
@@ -346,6 +406,11 @@ class _Inputs:
                         f"Tensor {name!r} has shape {list(place.shape)} in {reference.path} but "
                         f"{list(other.places[name].shape)} in {other.path}."
                     )
+                if other.places[name].dtype.is_floating_point != place.dtype.is_floating_point:
+                    raise InputError(
+                        f"Tensor {name!r} holds {place.dtype} in {reference.path} but {other.places[name].dtype} in "
+                        f"{other.path}."
+                    )
             _check_same_kind(reference, other)
 
 
@@ -354,7 +419,7 @@ def _check_same_kind(one: Any, other: Any) -> None:
         a, b = one.config().get(key), other.config().get(key)
         if a is not None and b is not None and a != b:
             raise InputError(f"{one.path} and {other.path} are different models: {key} is {a} and {b}.")
-    if isinstance(one, Checkpoint) and isinstance(other, Checkpoint) and not _same_tokenizer_file(one, other):
+    if isinstance(one, TensorSource) and isinstance(other, TensorSource) and not _same_tokenizer_file(one, other):
         a, b = _vocabulary(one), _vocabulary(other)
         if a is not None and b is not None and a != b:
             differing = sum(1 for token in a.keys() | b.keys() if a.get(token) != b.get(token))
@@ -364,23 +429,23 @@ def _check_same_kind(one: Any, other: Any) -> None:
             )
 
 
-def _same_tokenizer_file(one: Checkpoint, other: Checkpoint) -> bool:
+def _same_tokenizer_file(one: TensorSource, other: TensorSource) -> bool:
     first, second = one.folder / "tokenizer.json", other.folder / "tokenizer.json"
-    return first.is_file() and second.is_file() and filecmp.cmp(first, second, shallow=False)
+    plain = isinstance(one, Checkpoint) and isinstance(other, Checkpoint)
+    return plain and first.is_file() and second.is_file() and filecmp.cmp(first, second, shallow=False)
 
 
-def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
-    path = checkpoint.folder / "tokenizer.json"
-    if not path.is_file():
+def _vocabulary(source: TensorSource) -> dict[str, int] | None:
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
         return None
     try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = tokenizer["model"]["vocab"]
         if isinstance(vocabulary, list):
             vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise FileError(f"{path} is damaged: {error}.") from error
+        raise FileError(f"The tokenizer.json of {source.path} is damaged: {error}.") from error
     return {**vocabulary, **added}
 
 
@@ -404,30 +469,39 @@ class _Engine:
         names: Sequence[str],
         places: Mapping[str, Any],
         writer: Any,
+        notes: _Notes,
         progress: MergeProgress,
     ) -> None:
+        if notes.complete:
+            return
         stretches = [part for name in names for part in self._stretches(name)]
         total = sum(part.count for part in stretches) or 1
         parts = [part for name in names for part in self._units(method, name)]
         kept = next((k for own in (method, *self._each_own) if (k := own.kept_share()) is not None), None)
         share = 0.5 if kept else 0.0
-        cutoffs = self._cutoffs(method, names, kept, lambda f: progress(share * f, "selecting")) if kept else {}
+        cutoffs = notes.cutoffs
+        if kept and not cutoffs:
+            cutoffs = self._cutoffs(method, names, kept, lambda f: progress(share * f, "selecting"))
+            notes.found(cutoffs)
         measured = self._measured(method, stretches, method.measure) if method.measures else {}
         self._known = method.survey(_Survey(self, method, names))
-        totals: dict[str, float] = {}
-        again: list[Stretch] = []
-        done = 0
-        results = self._each(lambda p: self._combine(method, p, cutoffs, measured, places, writer), parts)
-        for part, result in zip(parts, results, strict=True):
+        begin, totals, marked = notes.left()
+        done = sum(part.count for part in parts[:begin])
+        results = self._each(lambda p: self._combine(method, p, cutoffs, measured, places, writer), parts[begin:])
+        for number, result in enumerate(results, begin):
             for key, value in result.totals.items():
                 totals[key] = totals.get(key, 0.0) + value
             if result.revise:
-                again.append(part)
-            done += part.count
-            progress(share + (1 - share) * done / total, f"merging {part.tensor}")
+                marked.append(number)
+            done += parts[number].count
+            notes.done(number + 1, totals, marked)
+            progress(share + (1 - share) * done / total, f"merging {parts[number].tensor}")
+        again = [parts[number] for number in marked]
         revised = method.revised(totals) if again else None
         if revised is not None:
-            list(self._each(lambda p: self._combine(revised, p, cutoffs, measured, places, writer), again))
+            for _ in self._each(lambda p: self._combine(revised, p, cutoffs, measured, places, writer), again):
+                pass
+        notes.finished()
 
     def _own(self, method: Merge, number: int) -> Merge:
         """The method with the parameters that expert `number` has to itself."""
@@ -449,13 +523,23 @@ class _Engine:
 
     def _each(self, work: Callable[[Stretch], Any], parts: Sequence[Stretch]) -> Iterator[Any]:
         """Results of `work` in the order of `parts`, with no more parts in flight than needed."""
+        ahead = 32 * self._threads
         if self._threads == 1:
-            yield from map(work, parts)
+            for begin in range(0, len(parts), ahead):
+                self._prefetch(parts[begin + ahead : begin + 2 * ahead])
+                yield from map(work, parts[begin : begin + ahead])
             return
         with ThreadPoolExecutor(self._threads) as pool:
-            ahead = 64 * self._threads
             for begin in range(0, len(parts), ahead):
+                self._prefetch(parts[begin + ahead : begin + 2 * ahead])
                 yield from pool.map(work, parts[begin : begin + ahead])
+
+    def _prefetch(self, parts: Sequence[Stretch]) -> None:
+        """Have the system read what is worked on next while this is worked on."""
+        for part in parts:
+            for source in self._inputs.all:
+                if hasattr(source, "prefetch"):
+                    source.prefetch(part.tensor, part.start, part.count)
 
     def _buffers(self, count: int) -> list[Tensor]:
         """One scratch stretch per checkpoint, reused by the thread."""
@@ -679,35 +763,34 @@ def _check_output(out: Path, inputs: _Inputs, overwrite: bool) -> None:
         raise FileError(f"{out} exists already: choose another folder, or say overwrite.")
 
 
-def _carry(inputs: _Inputs, folder: Path, method: Merge) -> None:
-    source = inputs.reference.folder
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if (folder / "config.json").is_file() and not isinstance(inputs.reference, Checkpoint):
+def _describe_folder(inputs: _Inputs, writer: Writer, method: Merge, dtype: str | None, rules: Sequence[Rule]) -> None:
+    folder = writer.folder
+    carry(inputs.reference, folder)
+    if (folder / "config.json").is_file() and not isinstance(inputs.reference, TensorSource):
         (folder / "config.json").write_text(json.dumps(inputs.reference.config(), indent=2) + "\n", encoding="utf-8")
     if method.describes is not None:
-        _describe(inputs.experts[method.describes], folder)
-    names = [checkpoint.path.name for checkpoint in inputs.experts]
-    parameters = "\n".join(f"- {key}: {value}" for key, value in method.parameters().items()) or "- none"
-    base = f"Base: {inputs.base.path.name}. " if inputs.base is not None else ""
-    (folder / "README.md").write_text(
-        f"# Merged model\n\n{base}Experts: {', '.join(names)} with weights {list(inputs.weights)}.\n\n"
-        f"Method: {method.name} ({method.card.title}, {method.card.year}).\n\n{parameters}\n",
-        encoding="utf-8",
-    )
+        describe(inputs.experts[method.describes], folder)
+    recipe = recipe_of(method, inputs.base, inputs.experts, inputs.weights, dtype, rules)
+    write_card(folder, method, recipe)
+    write_record(folder, recipe, writer.checksums())
 
 
-def _describe(expert: Any, folder: Path) -> None:
-    """Put the expert's tokenizer, chat template and generation settings in the place of those that were carried over."""
-    for name in CARRIED:
-        if name != "config.json" and (expert.folder / name).is_file():
-            shutil.copyfile(expert.folder / name, folder / name)
-    path = folder / "config.json"
-    if path.is_file():
-        config, own = json.loads(path.read_text(encoding="utf-8")), expert.config()
-        ends = {key: own[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in own}
-        path.write_text(json.dumps({**config, **ends}, indent=2) + "\n", encoding="utf-8")
+def _plan(
+    inputs: _Inputs,
+    method: Merge,
+    rules: Sequence[Rule],
+    dtype: str | None,
+    stretch: int,
+) -> str:
+    """What tells this merge from any other: method, parameters, layout, and the files it reads."""
+    import gratis
+
+    files = [[str(file) for file in source.files] for source in inputs.all]
+    parts = [
+        gratis.__version__, torch.__version__, repr(method), repr(list(rules)), repr(inputs.weights), str(dtype),
+        str(stretch), repr(files), fingerprint([file for source in inputs.all for file in source.files]),
+    ]  # fmt: skip
+    return hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def merge_recipe(

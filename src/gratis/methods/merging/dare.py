@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gratis.contract.card import Card, Claim
@@ -75,10 +76,25 @@ def drop(delta: Tensor, density: float, seed: int, model: int, part: MergePart) 
     threshold = max(round(density * 2**32), 1)
     key = hashlib.blake2b(f"{seed}/{model}/{part.tensor}".encode(), digest_size=16).digest()
     low, high = np.frombuffer(key, dtype=np.uint64)
+    scale = np.float32(2**32 / threshold)
     for begin in range(0, len(delta), BLOCK):
         piece = delta[begin : begin + BLOCK]
-        block = (part.start + begin) // BLOCK
-        bits = np.random.Philox(key=[low, high], counter=[0, block, 0, 0]).random_raw((len(piece) + 1) // 2)
-        keep = bits.view(np.uint32)[: len(piece)] < threshold
-        piece.mul_(torch.from_numpy(keep.astype(np.float32)))
-    delta.mul_(2**32 / threshold)
+        kept = _kept(threshold, len(piece), [low, high], (part.start + begin) // BLOCK)
+        piece.mul_(torch.from_numpy(np.multiply(kept, scale, dtype=np.float32)).to(piece.device))
+
+
+def _kept(threshold: int, count: int, key: list[np.uint64], block: int) -> NDArray[np.bool_]:
+    """Which of a block's entries have a random number of 32 bits below `threshold`.
+
+    The first byte decides for all but one in 256; the other three are drawn for those alone.
+    """
+    first, rest = threshold >> 24, threshold & 0xFFFFFF
+    bytes_drawn = (
+        np.random.Philox(key=key, counter=[0, block, 0, 0]).random_raw((BLOCK + 7) // 8).view(np.uint8)[:count]
+    )
+    kept = bytes_drawn < first
+    undecided = np.flatnonzero(bytes_drawn == first) if rest else ()
+    if len(undecided):
+        more = np.random.Philox(key=key, counter=[0, block, 1, 0]).random_raw((len(undecided) + 1) // 2)
+        kept[undecided] = (more.view(np.uint32)[: len(undecided)] & 0xFFFFFF) < rest
+    return kept

@@ -88,12 +88,11 @@ class Negative(TIES):
 
 def trim(delta: Tensor, cutoff: Cutoff, start: int) -> None:
     """Zero the entries of `delta` (a stretch from flat index `start` on) that are below the cutoff, in place."""
-    first_dropped = max(cutoff.last + 1 - start, 0)
-    if first_dropped < len(delta):
-        later = delta[first_dropped:]
-        later.masked_fill_(later.abs() == cutoff.magnitude, 0.0)
+    first_dropped = min(max(cutoff.last + 1 - start, 0), len(delta))
     just_below = np.nextafter(np.float32(cutoff.magnitude), np.float32(-1))
-    torch.hardshrink(delta, float(just_below), out=delta)
+    for piece, below in ((delta[:first_dropped], float(just_below)), (delta[first_dropped:], cutoff.magnitude)):
+        if len(piece):
+            torch.hardshrink(piece, below, out=piece)
 
 
 def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_sums: str) -> Tensor:
@@ -120,7 +119,8 @@ def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_
         agreeing = delta.mul_(signs).relu_()
         merged.add_(agreeing)
         count.add_(agreeing.sign_(), alpha=abs(weight) if divisor == "weight" else 1)
-    if undecided is not None and bool(((undecided == 0) & (count > 0)).any()):
+    # Comparisons of whole stretches are several times quicker in numpy than in torch.
+    if undecided is not None and bool(((undecided.numpy(force=True) == 0) & (count.numpy(force=True) > 0)).any()):
         part.revise = True
     if divisor == "none":
         return merged.mul_(signs)
