@@ -25,6 +25,7 @@ from gratis.subjects.embedded import embedded_folder
 METHODS = ("task_arithmetic", "ties", "dare_ties")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ARMS = ("gratis", "plain", "mergekit")
+SPEED = "MB of experts per CPU s"
 
 
 def models(folder: Path, dtype: torch.dtype) -> list[Path]:
@@ -52,22 +53,27 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     script = Path(__file__).parent / "measuring" / "merge_once.py"
     peer = peer_python("mergekit", "mergekit==0.1.5", "transformers==5.23.0")
-    python = {"gratis": sys.executable, "plain": sys.executable, "mergekit": peer}
-    rows, ratios = [], []
+    python = {"gratis": sys.executable, "plain": sys.executable, "mergekit": peer, "copy": sys.executable}
+    rows, ratios, scopes, copies = [], [], [], []
     with tempfile.TemporaryDirectory() as name:
         for label, dtype in DTYPES.items():
             folder = Path(name) / label
             inputs = models(folder, dtype)
+            out = folder / "out"
+
+            def measured(arm: str, method: str, inputs: list[Path] = inputs, out: Path = out) -> dict[str, Any]:
+                found = run_apart(python[arm], script, arm, method, *inputs, out)
+                shutil.rmtree(out)
+                return found
+
             for method in METHODS:
                 seen: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
                 for _ in track(range(rounds), description=f"{label} {method}"):
                     for arm in ARMS:
-                        out = folder / "out"
-                        seen[arm].append(run_apart(python[arm], script, arm, method, *inputs, out))
-                        shutil.rmtree(out)
+                        seen[arm].append(measured(arm, method))
                 middle = {arm: medians(found) for arm, found in seen.items()}
                 rows += [{"dtype": label, "method": method, "arm": arm, **middle[arm]} for arm in ARMS]
-                speed = {arm: middle[arm]["MB of experts per CPU s"] for arm in ARMS}
+                speed = {arm: middle[arm][SPEED] for arm in ARMS}
                 ratios.append(
                     {
                         "dtype": label,
@@ -76,12 +82,23 @@ def main() -> None:
                         "gratis / plain torch": round(speed["gratis"] / speed["plain"], 2),
                     }
                 )
+            pairs = [("gratis", "ties"), ("gratis", "ties_per_tensor"), ("copy", "ties")]
+            own: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
+            for _ in track(range(rounds), description=f"{label} scopes and a plain copy"):
+                for pair in pairs:
+                    own[pair].append(measured(*pair))
+            speed = {pair: medians(found)[SPEED] for pair, found in own.items()}
+            time = {pair: medians(found)["CPU s"] for pair, found in own.items()}
+            scopes.append({"dtype": label, "global / per tensor": round(time[pairs[0]] / time[pairs[1]], 2)})
+            copies.append({"dtype": label, "TIES / plain copy": round(speed[pairs[0]] / speed[pairs[2]], 3)})
     store(
         "merging",
         {
             "repeat": "OMP_NUM_THREADS=1 python benchmarks/merging.py",
             "three models merged": rows,
             "MB per CPU second, ratios": ratios,
+            "CPU seconds of TIES with a global threshold and with one per tensor": scopes,
+            "MB per CPU second, TIES to a plain copy of the same bytes": copies,
         },
     )
 

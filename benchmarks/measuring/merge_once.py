@@ -1,6 +1,6 @@
 """One merge in a process of its own: prints one line of JSON with CPU seconds and peak anonymous memory.
 
-python merge_once.py {gratis|plain|mergekit} METHOD BASE EXPERT EXPERT EXPERT OUT. Each arm's imports are done before
+python merge_once.py {gratis|plain|mergekit|copy} METHOD BASE EXPERT EXPERT EXPERT OUT. Each arm's imports are done before
 the clock starts; anonymous memory is what the process holds above that point, so that file pages do not count.
 """
 
@@ -34,6 +34,7 @@ def with_gratis() -> Any:
     methods = {
         "task_arithmetic": lambda: gratis.TaskArithmetic(),
         "ties": lambda: gratis.TIES(density=DENSITY),
+        "ties_per_tensor": lambda: gratis.TIES(density=DENSITY, scope="tensor"),
         "dare_ties": lambda: gratis.DARETIES(density=DENSITY),
     }
     method = methods[METHOD]()
@@ -95,9 +96,25 @@ def with_plain_torch() -> Any:
     return run
 
 
+def with_copy() -> Any:
+    """Read the bytes of all four files, and write those of one: what any merge does at least."""
+    buffer = bytearray(1 << 20)
+
+    def run() -> None:
+        OUT.mkdir()
+        with open(OUT / "model.safetensors", "wb") as out:
+            for number, folder in enumerate((BASE, *EXPERTS)):
+                with open(folder / "model.safetensors", "rb", buffering=0) as file:
+                    while got := file.readinto(buffer):
+                        if not number:
+                            out.write(memoryview(buffer)[:got])
+
+    return run
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    run = {"gratis": with_gratis, "mergekit": with_mergekit, "plain": with_plain_torch}[ARM]()
+    run = {"gratis": with_gratis, "mergekit": with_mergekit, "plain": with_plain_torch, "copy": with_copy}[ARM]()
     torch.ones(8).abs().sum()
     before, peak, stop = anonymous(), [0.0], threading.Event()
 

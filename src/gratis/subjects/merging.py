@@ -754,11 +754,13 @@ def _existing(path: Path) -> Path:
 
 
 def _check_output(out: Path, inputs: _Inputs, overwrite: bool) -> None:
-    resolved = out.resolve()
+    resolved = Path(os.path.realpath(out))
     for checkpoint in inputs.all:
         source = checkpoint.path.resolve()
         if resolved == source or resolved in source.parents or source in resolved.parents:
             raise FileError(f"The output {out} would overwrite the input {checkpoint.path}: choose another folder.")
+    if out.is_symlink():
+        raise FileError(f"The merge would write through the link {out}: name the folder itself.")
     if out.exists() and not overwrite:
         raise FileError(f"{out} exists already: choose another folder, or say overwrite.")
 
