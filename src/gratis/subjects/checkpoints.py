@@ -344,7 +344,8 @@ class Writer:
         """What the notes of a killed writer of the same plan said, by key; the latest of each."""
         self._lock = _locked(self.folder)
         try:
-            self._recover()
+            restore_replaced(out)
+            shutil.rmtree(self._old, ignore_errors=True)
             layout = _layout(places, shard_bytes, homes or {})
             self.left = self._resumable(layout, plan)
             for file, (header, size, where) in layout.items():
@@ -356,14 +357,6 @@ class Writer:
         except BaseException:
             self.abandon()
             raise
-
-    def _recover(self) -> None:
-        # A writer killed while it put a new folder in the place of an old one leaves the old one beside.
-        if self._old.exists():
-            if self.out.exists():
-                shutil.rmtree(self._old, ignore_errors=True)
-            else:
-                os.replace(self._old, self.out)
 
     def _resumable(self, layout: Mapping[str, Any], plan: str) -> dict[str, Any]:
         left: dict[str, Any] = {}
@@ -481,6 +474,13 @@ class Writer:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def restore_replaced(out: Path) -> None:
+    """Put back what stood at `out` if a writer was killed while it put the new folder in its place."""
+    old = out.with_name(f"{out.name}.old.partial")
+    if old.exists() and not out.exists():
+        os.replace(old, out)
 
 
 def _locked(folder: Path) -> int | None:

@@ -30,10 +30,19 @@ from torch import Tensor
 
 from gratis.contract.errors import FileError, GratisWarning, InputError, ParameterError
 from gratis.contract.method import Cutoff, Merge, MergePart
-from gratis.subjects.checkpoints import DTYPES, Checkpoint, TensorPlace, TensorSource, Writer, fingerprint
+from gratis.subjects.checkpoints import (
+    DTYPES,
+    Checkpoint,
+    TensorPlace,
+    TensorSource,
+    Writer,
+    fingerprint,
+    restore_replaced,
+)
 from gratis.subjects.merged_folder import carry, describe, recipe_of, write_card, write_record
 from gratis.subjects.opening_checkpoints import drop_tied, open_checkpoint
 from gratis.subjects.selection import Stretch, largest, last_tie
+from gratis.subjects.vocabularies import POLICIES, Vocabulary, reconcile
 
 STRETCH = 131072
 """Elements worked on at a time; a multiple of 65,536, where random streams begin anew."""
@@ -128,6 +137,7 @@ def merge(
     weights: Sequence[float] | None = None,
     rules: Sequence[Rule] = (),
     dtype: str | None = None,
+    tokenizer: str = "error",
     threads: int | None = None,
     stretch: int = STRETCH,
     shard_bytes: int = 5_000_000_000,
@@ -141,6 +151,9 @@ def merge(
     `dtype` is the result's ("float32", "bfloat16",
     "float16"), the base's by default; the arithmetic is float32. The result is the same for any `threads` and `stretch`.
 
+    `tokenizer` says what becomes of different vocabularies: "error" refuses them, "base" keeps the base's tokens, "union"
+    takes every model's, "intersect" those that all have; rows of embedding and head are put in order.
+
     A checkpoint is a safetensors file, a folder with one or several, a diffusers pipeline, a GGUF file, or a PEFT adapter
     of the base (`MODEL+ADAPTER` for one of another model). A merge that was killed or interrupted leaves `OUT.partial`;
     the same merge goes on from there, to the same bytes. `merge.json` in `out` records the recipe and checksums.
@@ -150,7 +163,8 @@ def merge(
     """
     began = time.perf_counter()
     target = Path(out).expanduser()
-    inputs = _Inputs.open(method, base, experts, weights)
+    inputs = _Inputs.open(method, base, experts, weights, tokenizer)
+    restore_replaced(target)
     _check_output(target, inputs, overwrite)
     result_dtype = _dtype(dtype)
     reference = inputs.reference
@@ -359,10 +373,22 @@ class _Inputs:
         self.experts = [opened(expert) for expert in experts]
         self.weights = weights
         self.laid_out_by: Any = None
+        self.vocabulary: Vocabulary | None = None
 
     @classmethod
-    def open(cls, method: Merge, base: Any, experts: Sequence[Any], weights: Sequence[float] | None) -> _Inputs:
+    def open(
+        cls, method: Merge, base: Any, experts: Sequence[Any], weights: Sequence[float] | None, tokenizer: str = "error"
+    ) -> _Inputs:
+        if tokenizer not in POLICIES:
+            raise ParameterError(f"tokenizer must be one of {', '.join(POLICIES)}, not {tokenizer!r}.")
         inputs = cls(method, base, experts, _weights(weights, len(experts)))
+        if tokenizer != "error":
+            drop_tied(inputs.all)
+            made, inputs.vocabulary = reconcile(inputs.all, tokenizer)
+            if inputs.base is not None:
+                inputs.base, *inputs.experts = made
+            else:
+                inputs.experts = made
         inputs.check(method)
         return inputs
 
@@ -394,6 +420,7 @@ class _Inputs:
         for other in self.all:
             if other is reference:
                 continue
+            _check_same_kind(reference, other)
             missing = [name for name in reference.places if name not in other.places]
             extra = [name for name in other.places if name not in reference.places]
             if missing or extra:
@@ -411,7 +438,6 @@ class _Inputs:
                         f"Tensor {name!r} holds {place.dtype} in {reference.path} but {other.places[name].dtype} in "
                         f"{other.path}."
                     )
-            _check_same_kind(reference, other)
 
 
 def _check_same_kind(one: Any, other: Any) -> None:
@@ -425,7 +451,7 @@ def _check_same_kind(one: Any, other: Any) -> None:
             differing = sum(1 for token in a.keys() | b.keys() if a.get(token) != b.get(token))
             raise InputError(
                 f"{one.path} and {other.path} have different tokenizers ({differing:,} tokens differ), so rows of "
-                "their embeddings do not mean the same."
+                "their embeddings do not mean the same: say tokenizer='base', 'union' or 'intersect'."
             )
 
 
@@ -768,6 +794,8 @@ def _check_output(out: Path, inputs: _Inputs, overwrite: bool) -> None:
 def _describe_folder(inputs: _Inputs, writer: Writer, method: Merge, dtype: str | None, rules: Sequence[Rule]) -> None:
     folder = writer.folder
     carry(inputs.reference, folder)
+    if inputs.vocabulary is not None:
+        inputs.vocabulary.write(folder)
     if (folder / "config.json").is_file() and not isinstance(inputs.reference, TensorSource):
         (folder / "config.json").write_text(json.dumps(inputs.reference.config(), indent=2) + "\n", encoding="utf-8")
     if method.describes is not None:
@@ -790,7 +818,7 @@ def _plan(
     files = [[str(file) for file in source.files] for source in inputs.all]
     parts = [
         gratis.__version__, torch.__version__, repr(method), repr(list(rules)), repr(inputs.weights), str(dtype),
-        str(stretch), repr(files), fingerprint([file for source in inputs.all for file in source.files]),
+        str(stretch), repr(inputs.vocabulary), repr(files), fingerprint([file for source in inputs.all for file in source.files]),
     ]  # fmt: skip
     return hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
