@@ -70,6 +70,12 @@ def code(text: str) -> str | None:
     return "\n\n".join(block for block in blocks if block) or None
 
 
+def first_code(text: str) -> str | None:
+    """The first fenced Python block as it stands, indentation kept; None where there is none."""
+    found = _FENCE.search(text)
+    return found.group(1).rstrip() if found is not None and found.group(1).strip() else None
+
+
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "text": whole_text, "last line": last_line, "number": number, "choice": choice, "boxed": boxed, "code": code,
 }  # fmt: skip
