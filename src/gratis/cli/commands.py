@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gratis.cli import CLAIM_FAILED, arguments, terminal
+from gratis.cli.generating import generate
 from gratis.cli.merging import merge
 from gratis.cli.planning import plan
 from gratis.cli.recipes import recipes
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes, name="recipe")
 app.command()(plan)
+app.command()(generate)
 app.command()(merge)
 
 MethodName = Annotated[str, typer.Argument(metavar="NAME", autocompletion=arguments.complete_method)]

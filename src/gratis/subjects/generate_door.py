@@ -75,7 +75,8 @@ def install_choice(
     what measures the raw logits of every step. With num_return_sequences=k the call returns the k that rank first.
     `loop(seeds, greedy)` makes what decodes a prompt in the place of plain sampling; `greedy` is whether the call asked
     for no sampling.
-    Returns a function that reports: totals over all calls, and what was seen and decided in the last one.
+    Returns a function that reports: totals over all calls, and what was seen and decided in the last one. Where the last
+    call was interrupted, `interrupted` holds the tokens that were committed by then, the prompt's before them.
     """
     inner = model.generate
     signature = inspect.signature(inner)
@@ -96,7 +97,7 @@ def install_choice(
         prompts = split_prompts(model, call, method)
         if streamer is not None and len(prompts) > 1:
             raise InputError(f"{method} decodes one prompt after another: pass one prompt, or leave out the streamer.")
-        for row, seeds in zip(prompts, _seeds(prompts, samples), strict=True):
+        for row, seeds in zip(prompts, prompt_seeds(prompts, samples), strict=True):
             if loop is not None:
                 decoding = loop(seeds, greedy)
             else:
@@ -108,7 +109,13 @@ def install_choice(
                     streamer.put(input_ids.cpu())
                 return decoding.run(model, input_ids, streamer=streamer, **prepared)
 
-            drawn.append(inner(**row, custom_generate=decode))
+            try:
+                drawn.append(inner(**row, custom_generate=decode))
+            except BaseException:
+                last.clear()
+                if (committed := getattr(decoding, "committed", None)) is not None:
+                    last["interrupted"] = committed[0].tolist()
+                raise
             choices.append(choose(drawn[-1]))
         _count(totals, drawn)
         last.clear()
@@ -117,6 +124,13 @@ def install_choice(
 
     scope.set_attribute(model, "generate", generate)
     return lambda: {**totals, **last}
+
+
+def put(streamer: Any, tokens: Tensor, note: str = "") -> None:
+    """Hand tokens (count,) to a streamer; one that has a method `note` is told first what is special about them."""
+    if note and hasattr(streamer, "note"):
+        streamer.note(note)
+    streamer.put(tokens)
 
 
 def _flat(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +250,7 @@ def _unpadded(model: Any, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _seeds(prompts: Sequence[Mapping[str, Any]], samples: int) -> list[list[int]]:
+def prompt_seeds(prompts: Sequence[Mapping[str, Any]], samples: int) -> list[list[int]]:
     """A seed per prompt and sample: from torch's generator, the prompt, and how often the batch held it before."""
     base = int(torch.randint(2**62, ()))
     seen: Counter[bytes] = Counter()

@@ -149,11 +149,14 @@ class _Ends(StoppingCriteriaList):
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         super().__init__(criteria)
         self.steps = 0
+        self.seen: Tensor | None = None
+        """Texts (samples, length) at the last step."""
         self._length: Tensor | None = None
         self._done: Tensor | None = None
         self._limited: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.seen = input_ids
         itself = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         limit = itself.clone()
         for criterion in self:
@@ -195,6 +198,12 @@ class SamplingLoop:
     recorder: Recorder | None = None
     _passes: int = field(default=0, init=False)
     _encoded: int = field(default=0, init=False)
+    _ends: _Ends | None = field(default=None, init=False)
+
+    @property
+    def committed(self) -> Tensor | None:
+        """Prompt and response so far; of several samples none is committed before all are complete."""
+        return self._ends.seen if self._ends is not None and len(self.seeds) == 1 else None
 
     def run(
         self,
@@ -211,7 +220,7 @@ class SamplingLoop:
         input_ids, model_kwargs = self._expanded(model, input_ids, generation_config, model_kwargs)
         draw = _Draw(self.seeds, keep=bool(generation_config.output_scores))
         first = [self.recorder] if self.recorder is not None else []
-        ends = _Ends(stopping_criteria)
+        self._ends = ends = _Ends(stopping_criteria)
         # The noise makes the draw, so the loop only takes the largest score.
         generation_config.do_sample = False
         output = type(model)._sample(

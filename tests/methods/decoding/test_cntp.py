@@ -12,7 +12,7 @@ import gratis
 from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.methods.decoding.cntp import _seed
 from gratis.subjects import branching
-from gratis.subjects.generate_door import _seeds
+from gratis.subjects.generate_door import prompt_seeds
 from gratis.subjects.opening import set_tokenizer
 from tests import tiny_language as tiny
 from tests.architectures.building import build
@@ -49,7 +49,7 @@ def warped(logits, ids, temperature=1.0, top_p=1.0, penalty=1.0):
 def reference(model, ids, method, greedy=False, new=NEW, ends=(), **warp):
     """Algorithm 1, one trial after the other and without a cache. Returns the new tokens and the cautious steps."""
     torch.manual_seed(0)
-    ((seed,),) = _seeds([{"input_ids": ids}], 1)
+    ((seed,),) = prompt_seeds([{"input_ids": ids}], 1)
     single, steps, end = torch.Generator().manual_seed(seed), [], ids.shape[1] + new
 
     def draw(scores, generator):

@@ -20,7 +20,7 @@ from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.contract.method import Decoding
 from gratis.contract.parameters import param
 from gratis.subjects.branching import Text, check_continues
-from gratis.subjects.generate_door import Choice, check_generates, install_choice
+from gratis.subjects.generate_door import Choice, check_generates, install_choice, put
 from gratis.subjects.opening import tokenizer_of
 from gratis.subjects.sampling_loop import Samples, perturbed
 
@@ -158,6 +158,8 @@ class CautiousLoop:
         self.method, self.stops, self.seed, self.greedy = method, stops, seed, greedy
         self.steps: list[dict[str, Any]] = []
         """What happened at each cautious step."""
+        self.committed: Tensor | None = None
+        """Prompt and response so far."""
         self._discarded = 0
 
     def run(
@@ -197,8 +199,9 @@ class CautiousLoop:
                 text.append(drawn)
             else:
                 processors = self._cautious(text, trials, entropy, logits, scores, processors, stopping_criteria, kept)
+            self.committed = text.ids
             if streamer is not None:
-                streamer.put(text.ids[0, before:].cpu())
+                put(streamer, text.ids[0, before:].cpu(), "" if trials == 1 else f"{trials} trials")
             if bool(stopping_criteria(text.ids, None).all()):
                 break
         if streamer is not None:
@@ -287,6 +290,10 @@ class CautiousLoop:
                 "cautious_tokens": sum(cautious),
                 "forward_tokens": text.read_tokens,
                 "steps": self.steps,
+                "places": [
+                    [s["at"] - start, s["at"] - start + s["lengths"][s["chosen"]], f"{s['trials']} trials"]
+                    for s in self.steps
+                ],
             },
         )
 

@@ -36,6 +36,8 @@ __all__ = [
 ]  # fmt: skip
 
 CacheMode = Literal["on", "read", "write", "refresh", "off"]
+Continues = Literal["prefill", "completions"]
+"""How an endpoint goes on from the beginning of an answer: see `Chat`."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ class Chat:
     `source` is an endpoint (`"http://…/v1"`; its key is read from OPENAI_API_KEY), `"openai:MODEL"`,
     `"local:NAME"` for anything `gratis.open` knows, a live transformers model, or a function.
 
+    A request whose last message is the assistant's is an answer that has begun, and the reply goes on from there. Local
+    models can do that; of an endpoint say how: `continues="prefill"` (servers that take `continue_final_message`, as
+    vLLM and SGLang do), or `"completions"` for the text completions of a base model, which reads the messages' texts
+    one after the other, without a template.
+
     >>> chat = Chat(lambda messages, **parameters: "Paris")
     >>> chat.ask("What is the capital of France?")
     'Paris'
@@ -136,6 +143,7 @@ class Chat:
         cache: str | os.PathLike[str] | None = None,
         cache_mode: CacheMode = "on",
         transcript: str | os.PathLike[str] | None = None,
+        continues: Continues | None = None,
         batch_tokens: int | None = None,
         prefix_cache_mb: float = 512.0,
         seed: int = 0,
@@ -154,10 +162,14 @@ class Chat:
                 raise ParameterError(f"Chat: {name} must be above 0, not {value}.")
         if cache_mode not in get_args(CacheMode):
             raise ParameterError(f"Chat: cache_mode is one of {', '.join(get_args(CacheMode))}, not {cache_mode!r}.")
+        if continues is not None and continues not in get_args(Continues):
+            raise ParameterError(
+                f"Chat: continues is one of {', '.join(get_args(Continues))} or None, not {continues!r}."
+            )
         self._limits: dict[str, Any] = {
             "key": key, "concurrency": concurrency, "requests_per_minute": requests_per_minute,
             "tokens_per_minute": tokens_per_minute, "timeout_s": timeout_s, "attempts": attempts,
-            "retry_budget_s": retry_budget_s, "sleep": sleep, "clock": clock,
+            "retry_budget_s": retry_budget_s, "sleep": sleep, "clock": clock, "continues": continues,
         }  # fmt: skip
         self._batch_tokens, self._prefix_bytes = batch_tokens, int(prefix_cache_mb * 2**20)
         self.seed = seed
@@ -253,6 +265,11 @@ class Chat:
         items = [form.item(question) for question in questions]
         replies = self([zero_shot(form, item, max_tokens, self.seed) for item in items])
         return [read_answer(form, item, reply) for item, reply in zip(items, replies, strict=True)]
+
+    @property
+    def continues(self) -> bool:
+        """Whether an answer that has begun can be gone on with."""
+        return bool(getattr(self.backend, "continues", False))
 
     def score(self, prompt: Any, continuations: Sequence[str]) -> list[float]:
         """Log-probability of each continuation after the prompt. Raises ChatError where the back end cannot tell."""

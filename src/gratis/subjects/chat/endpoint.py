@@ -37,6 +37,7 @@ class Endpoint:
         retry_budget_s: float,
         sleep: Callable[[float], None],
         clock: Callable[[], float],
+        continues: str | None = None,
     ) -> None:
         try:
             import openai
@@ -59,6 +60,7 @@ class Endpoint:
         self._pace = Pace(requests_per_minute, tokens_per_minute, sleep, clock)
         self._concurrency, self._attempts, self._budget = concurrency, attempts, retry_budget_s
         self._sleep, self._clock = sleep, clock
+        self.continues = continues
 
     @property
     def model(self) -> str:
@@ -118,11 +120,23 @@ class Endpoint:
         reply.attempts = log
         return reply
 
+    def _asked(self, request: Request, model: str) -> Any:
+        """What the server answers. Raises Failure for a beginning that it was not said to go on from."""
+        begun = request.messages[-1]["role"] == "assistant"
+        if self.continues == "completions":
+            return self._client.completions.create(**_completion(request, model))
+        if begun and self.continues is None:
+            raise Failure("it is not known how the endpoint goes on from a beginning: set continues of the Chat", False)
+        more: dict[str, Any] = (
+            {"extra_body": {"continue_final_message": True, "add_generation_prompt": False}} if begun else {}
+        )
+        return self._client.chat.completions.create(**_arguments(request, model), **more)
+
     def _send(self, request: Request, model: str) -> Reply:
         self._pace.wait(sum(len(m["content"]) for m in request.messages) // 4 + request.max_tokens)
         began = time.perf_counter()
         try:
-            answer = self._client.chat.completions.create(**_arguments(request, model))
+            answer = self._asked(request, model)
         except self._openai.APIStatusError as error:
             status = error.status_code
             again = status in RETRIED or status >= 500
@@ -134,6 +148,19 @@ class Endpoint:
         except (self._openai.APIResponseValidationError, ValueError) as error:
             raise Failure(f"the answer is not what the protocol says: {_words(error)}", True) from None
         return _read(answer, request, model, time.perf_counter() - began)
+
+
+def _completion(request: Request, model: str) -> dict[str, Any]:
+    """Arguments of a text completion that goes on from the messages' texts."""
+    arguments: dict[str, Any] = {
+        "model": model,
+        "prompt": "".join(message["content"] for message in request.messages),
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "max_tokens": request.max_tokens,
+        "seed": request.seed + request.sample_index,
+    }
+    return arguments | ({"stop": list(request.stop)} if request.stop else {})
 
 
 def _arguments(request: Request, model: str) -> dict[str, Any]:
@@ -166,7 +193,10 @@ def _read(answer: Any, request: Request, model: str, seconds: float) -> Reply:
     """The reply in a completion. Raises Failure for one that is not what the protocol says."""
     try:
         choice = answer.choices[0]
-        text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
+        if hasattr(choice, "message"):
+            text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
+        else:
+            text, refusal = choice.text, None
     except (AttributeError, IndexError, KeyError, TypeError):
         raise Failure("the answer is not what the protocol says: it has no choices", True) from None
     if text is None and refusal is None:
@@ -180,11 +210,30 @@ def _read(answer: Any, request: Request, model: str, seconds: float) -> Reply:
     return Reply(
         text=said,
         finish_reason=finish,
+        stopped_by=_stopped_by(choice, request),
         usage=_usage(getattr(answer, "usage", None), request, said),
         logprobs=[entry.model_dump() for entry in tokens if hasattr(entry, "model_dump")] if tokens else None,
         model=named if isinstance(named, str) and named else model,
         latency_s=seconds,
     )
+
+
+def _stopped_by(choice: Any, request: Request) -> str | None:
+    """The stop string that ended a choice, "" for the model's own end; None where the server does not say."""
+    if choice.finish_reason != "stop":
+        return None
+    if not request.stop:
+        return ""
+    said = {
+        name: value for name in ("stop_reason", "matched_stop") if (value := getattr(choice, name, _UNSAID)) != _UNSAID
+    }
+    if not said:
+        return None
+    named = next(iter(said.values()))
+    return named if isinstance(named, str) and named in request.stop else ""
+
+
+_UNSAID = object()
 
 
 def _usage(counted: Any, request: Request, text: str) -> Usage:

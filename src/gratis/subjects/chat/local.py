@@ -31,6 +31,7 @@ class LocalModel:
     """
 
     runs_here = True
+    continues = True
 
     def __init__(self, model: Any, batch_tokens: int, prefix_bytes: int) -> None:
         from gratis.subjects.opening import tokenizer_of
@@ -48,6 +49,11 @@ class LocalModel:
         self.prefill_tokens = 0
         """Prompt tokens that were read so far."""
         self._refresh()
+
+    @property
+    def live(self) -> Any:
+        """The transformers model."""
+        return self._model
 
     @property
     def model(self) -> str:
@@ -129,6 +135,9 @@ class LocalModel:
         return list(ids)
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
+        if messages[-1]["role"] == "assistant":
+            # What transformers offers for it trims the blanks at the end, and a paragraph's break with them.
+            return self._rendered(messages[:-1]) + messages[-1]["content"]
         return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     def _groups(self, order: list[int], prompts: list[list[int]], requests: list[Request]) -> list[list[int]]:
@@ -238,6 +247,7 @@ class _Row:
         self._tokens: list[int] = []
         self._text: str | None = None
         self._finish = "length"
+        self._stopped_by: str | None = None
         self._generator = torch.Generator()
         seed = hashlib.sha256(f"{request.seed}/{request.key('')}".encode()).digest()
         self._generator.manual_seed(int.from_bytes(seed[:8], "big") >> 1)
@@ -256,14 +266,15 @@ class _Row:
     def add(self, token: int, ends: set[int]) -> bool:
         """Take a token; True when the answer is complete."""
         if token in ends:
-            self._finish = "stop"
+            self._finish, self._stopped_by = "stop", ""
             return True
         self._tokens.append(token)
         if self._request.stop:
             text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-            found = [text.index(stop) for stop in self._request.stop if stop in text]
+            found = [(text.index(stop), stop) for stop in self._request.stop if stop in text]
             if found:
-                self._text, self._finish = text[: min(found)], "stop"
+                at, self._stopped_by = min(found)
+                self._text, self._finish = text[:at], "stop"
                 return True
         return len(self._tokens) >= self._request.max_tokens
 
@@ -271,7 +282,10 @@ class _Row:
         """The finished answer."""
         text = self._text if self._text is not None else self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         usage = Usage(input=prompt, cached_input=shared, output=len(self._tokens))
-        return Reply(text=text, finish_reason=self._finish, usage=usage, model=model, latency_s=seconds)
+        return Reply(
+            text=text, finish_reason=self._finish, stopped_by=self._stopped_by, usage=usage, model=model,
+            latency_s=seconds,
+        )  # fmt: skip
 
 
 def _shared(prompts: list[list[int]]) -> int:

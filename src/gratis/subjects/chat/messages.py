@@ -106,6 +106,8 @@ class Reply:
     parsed: Any = None
     finish_reason: str = "stop"
     """stop, length, refusal or error."""
+    stopped_by: str | None = None
+    """The stop string that ended it, "" where the model itself did, None where that is not known."""
     usage: Usage = field(default_factory=Usage)
     logprobs: list[Any] | None = None
     model: str = ""

@@ -18,7 +18,7 @@ from gratis.zoo.train.loop import Average, arguments, fit, save_half, write_card
 
 SIZES = {"small": {"hidden": 64, "layers": 2, "steps": 2500}, "large": {"hidden": 96, "layers": 3, "steps": 3000}}
 TEST_SEED = 1_000_003
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}\n<think>\n"
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ '\n<think>\n' }}"
 
 
 def language_model(size: str, vocabulary: int) -> Any:
