@@ -28,9 +28,13 @@ import gratis
 from gratis.subjects.text import FILLER, documentation, random_key, tokens_of
 from gratis.trials.statistics import paired_interval
 
+REPEAT = "OMP_NUM_THREADS=1 python benchmarks/lacache_map.py"
 LENGTH, CHUNK, BUDGETS = 1536, 32, (128, 256, 512)
-LADDERS = {"LaCache, span 15, overlap 0": {}, "LaCache, span 8, overlap 4": {"span": 8, "overlap": 4}}
+PROSE = f"loss in nats beside the sliding window, {LENGTH} tokens"
 FACTS, FACT_BUDGET, FACT_LENGTH, STATED = 4, 256, 1000, (1, 4)
+DIGITS = 5
+RECALL = f"a number of {DIGITS} digits, {FACTS} trials"
+LADDERS = {"LaCache, span 15, overlap 0": {}, "LaCache, span 8, overlap 4": {"span": 8, "overlap": 4}}
 
 
 def texts() -> dict[str, str]:
@@ -88,8 +92,8 @@ def prose() -> dict[str, Any]:
                 assert interval is not None
                 found[f"{name}: interval"] = [round(end, 3) for end in interval]
             rows.append(found)
-            print(found, file=sys.stderr, flush=True)
-    return {f"loss in nats beside the sliding window, {LENGTH} tokens": rows}
+        renew("lacache_map", {"repeat": REPEAT, PROSE: rows})
+    return {PROSE: rows}
 
 
 def stretches(loss: Tensor) -> list[float]:
@@ -124,14 +128,13 @@ def facts() -> dict[str, Any]:
         if len({len(one) for one in batch}) > 1:
             raise SystemExit("keys of different lengths in tokens: choose another seed")
         text = torch.tensor(batch)
-        digits = 5
         found: dict[str, Any] = {"stated": times, "tokens since": FACT_LENGTH, "budget": FACT_BUDGET}
         for name, methods in arms.items():
-            loss = losses(Reader(model, methods), text)[:, -digits:]
+            loss = losses(Reader(model, methods), text)[:, -DIGITS:]
             found[f"{name}, nats per digit"] = round(float(loss.mean()), 3)
         rows.append(found)
-        print(found, file=sys.stderr, flush=True)
-    return {f"a number of {digits} digits, {FACTS} trials": rows}
+        renew("lacache_map", {"repeat": REPEAT, RECALL: rows})
+    return {RECALL: rows}
 
 
 PARTS = {"prose": prose, "facts": facts}
@@ -143,7 +146,7 @@ def main() -> None:
     if unknown := set(wanted) - set(PARTS):
         raise SystemExit(f"no part {sorted(unknown)}: choose among {list(PARTS)}")
     for part in wanted:
-        renew("lacache_map", {"repeat": "OMP_NUM_THREADS=1 python benchmarks/lacache_map.py", **PARTS[part]()})
+        renew("lacache_map", {"repeat": REPEAT, **PARTS[part]()})
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/long_context.py [decoding] [streaming] [gpu]
 
 On the embedded language model and documentation prose. "decoding": at several lengths all arms read the same next
-tokens one by one, in turns, on models that share their weights. "streaming": each arm reads 32,768 tokens in a process
-of its own, side by side, whose memory is watched (the full cache stops at 12,288, past the window). "gpu" needs a CUDA
-device: a randomly initialised model of a billion weights in bfloat16, for time and memory only. Writes
-benchmarks/results/long_context.json; named parts renew only their own figures.
+tokens one by one, in turns, on models that share their weights. "streaming", or "streaming:LaCache" for one arm: each
+arm reads 32,768 tokens in a process of its own whose memory is watched (the full cache stops at 12,288, past the
+window). "gpu" needs a CUDA device: a randomly initialised model of a billion weights in bfloat16, for time and memory
+only. Writes benchmarks/results/long_context.json; named parts renew only their own figures.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import json
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from measuring import renew, run_apart
+from measuring import renew, run_apart, stored
 from measuring.reading import Reader
 from rich.progress import track
 
@@ -28,6 +27,7 @@ import gratis
 from gratis.subjects.text import documentation, tokens_of
 from gratis.trials.memory import PeakMemory, resident_bytes
 
+REPEAT = "OMP_NUM_THREADS=1 python benchmarks/long_context.py"
 BUDGET, CHUNK = 1024, 256
 INFLLM = {"window": 512, "sinks": 32, "block": 32, "blocks": 15, "lookup": 128}
 ARMS: dict[str, tuple[Any, ...]] = {
@@ -48,7 +48,7 @@ def quarter(length: int) -> gratis.BlockTopK:
 
 
 def decoding() -> dict[str, Any]:
-    """Rows of time per token and loss by length, and the same with two threads at the longest."""
+    """Time per token and loss by length, stored length by length; returned, the ratios with two threads at the longest."""
     model = gratis.open("smollm2")
     ids = tokens_of(gratis.subjects.tokenizer_of(model), documentation(), HISTORIES[-1] + STEPS + THREADED + 2)
     readers = {name: Reader(model, methods) for name, methods in ARMS.items()}
@@ -64,20 +64,27 @@ def decoding() -> dict[str, Any]:
             {"history": history, **{f"{n}, ms": round(1e3 * statistics.median(s), 1) for n, s in seen.items()}}
         )
         losses.append({"history": history, **{f"{n}, nats": round(statistics.fmean(s), 3) for n, s in loss.items()}})
-        print(times[-1], losses[-1], file=sys.stderr, flush=True)
+        renew("long_context", {"repeat": REPEAT, **tables(times, losses)})
     torch.set_num_threads(2)
     both, _ = steps(arms, ids, THREADED, clock=time.perf_counter)
     torch.set_num_threads(1)
-    last = times[-1]
     wall = {name: statistics.median(values) for name, values in both.items()}
+    return {
+        f"full cache over each at {HISTORIES[-1]}, two threads, wall time": {
+            name: round(wall["full cache"] / value, 2) for name, value in wall.items()
+        }
+    }
+
+
+def tables(times: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is stored of the lengths measured so far."""
+    last = times[-1]
+    names = [key.removesuffix(", ms") for key in last if key != "history"]
     return {
         f"time per decoded token, budget {BUDGET}, one thread": times,
         f"loss of the next {STEPS} tokens": losses,
-        "full cache over each at the longest, one thread": {
-            name: round(last["full cache, ms"] / last[f"{name}, ms"], 2) for name in wall
-        },
-        "full cache over each at the longest, two threads, wall time": {
-            name: round(wall["full cache"] / value, 2) for name, value in wall.items()
+        f"full cache over each at {last['history']}, one thread": {
+            name: round(last["full cache, ms"] / last[f"{name}, ms"], 2) for name in names
         },
         "InfLLM over sliding window": {
             str(row["history"]): round(row["InfLLM, ms"] / row["sliding window, ms"], 2) for row in times
@@ -106,29 +113,30 @@ def steps(
 
 
 def streaming() -> dict[str, Any]:
-    """Rows of loss, memory and time by stretch of the text, each arm in its own process."""
+    """Rows of loss, memory and time by stretch of the text, each arm in its own process, stored as soon as it is done."""
+    for name in track(list(ARMS), description="streams"):
+        renew("long_context", streamed(name))
+    return {}
 
-    def rows_of(name: str) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = run_apart(sys.executable, __file__, "--stream", name)["rows"]
-        print(name, rows[-1], file=sys.stderr, flush=True)
-        return rows
 
-    with ThreadPoolExecutor(len(ARMS)) as side_by_side:
-        found = dict(zip(ARMS, side_by_side.map(rows_of, ARMS), strict=True))
-    ends = [row["read"] for row in max(found.values(), key=len)]
-    tables = {
+def streamed(name: str) -> dict[str, Any]:
+    """The tables of the streamed text with the columns of one arm renewed."""
+    rows: list[dict[str, Any]] = run_apart(sys.executable, __file__, "--stream", name)["rows"]
+    old, made = stored("long_context"), {}
+    titles = {
         "loss, nats": "loss of each stretch",
         "memory above the model, MB": "memory of the process above the model, peak of each stretch",
         "keys and values near, MB": "keys and values on the model's device",
         "ms per token": "time to read a token",
     }
-    return {
-        f"{title} ({STREAMED} tokens streamed, budget {BUDGET})": [
-            {"read": end, **{name: rows[i][key] for name, rows in found.items() if i < len(rows)}}
-            for i, end in enumerate(ends)
-        ]
-        for key, title in tables.items()
-    }
+    for key, title in titles.items():
+        title = f"{title}, streamed, budget {BUDGET}"
+        table = {row["read"]: row for row in old.get(title, [])}
+        for row in rows:
+            table.setdefault(row["read"], {"read": row["read"]})[name] = row[key]
+        ordered = {read: {arm: table[read][arm] for arm in ARMS if arm in table[read]} for read in sorted(table)}
+        made[title] = [{"read": read, **values} for read, values in ordered.items()]
+    return made
 
 
 def stream(name: str) -> list[dict[str, Any]]:
@@ -225,10 +233,12 @@ def main() -> None:
     torch.set_num_threads(1)
     cuda = ["gpu"] if torch.cuda.is_available() else []
     wanted = sys.argv[1:] or ["decoding", "streaming", *cuda]
-    if unknown := set(wanted) - set(PARTS):
-        raise SystemExit(f"no part {sorted(unknown)}: choose among {list(PARTS)}")
+    arms = {f"streaming:{name}": name for name in ARMS}
+    if unknown := set(wanted) - set(PARTS) - set(arms):
+        raise SystemExit(f"no part {sorted(unknown)}: choose among {[*PARTS, *arms]}")
     for part in wanted:
-        renew("long_context", {"repeat": "OMP_NUM_THREADS=1 python benchmarks/long_context.py", **PARTS[part]()})
+        found = streamed(arms[part]) if part in arms else PARTS[part]()
+        renew("long_context", {"repeat": REPEAT, **found})
 
 
 if __name__ == "__main__":

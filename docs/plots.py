@@ -43,24 +43,25 @@ def main() -> None:
 
 
 def pictures() -> dict[str, str]:
-    """SVG by name."""
+    """SVG by name; what was not measured yet is not drawn."""
     long, recalled, ladder = (
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("long_context", "retrieval", "lacache_map")
     )
-    made = {
-        "time": lines(_table(long, "time per decoded token"), "history", "tokens read before", "time per token (ms)"),
-        "recall": recall(recalled),
-        "map": heat_map(_table(ladder, "loss in nats")),
-    }
+    made = {"recall": recall(recalled)}
+    if times := _table(long, "time per decoded token"):
+        made["time"] = lines(times, "history", "tokens read before", "time per token (ms)")
+    if prose := _table(ladder, "loss in nats"):
+        made["map"] = heat_map(prose)
     streams = {"loss": ("loss of each stretch", "loss (nats)"), "memory": ("memory of the process", "memory (MB)")}
     for name, (title, unit) in streams.items():
-        made[name] = lines(_table(long, title), "read", "tokens read", unit, marks=[(WINDOW, "trained window")])
+        if rows := _table(long, title):
+            made[name] = lines(rows, "read", "tokens read", unit, marks=[(WINDOW, "trained window")])
     return made
 
 
 def _table(results: dict[str, Any], title: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = next(value for key, value in results.items() if key.startswith(title))
+    rows: list[dict[str, Any]] = next((value for key, value in results.items() if key.startswith(title)), [])
     return rows
 
 
@@ -81,15 +82,30 @@ def lines(
 
 
 def recall(results: dict[str, Any]) -> str:
-    """Share of hidden numbers found against length, where all arms attend to the same number of tokens."""
-    by_length = {
-        int(key.split()[0]): value for key, value in results.items() if key.endswith(" tokens") and len(value) > 3
-    }
-    rows = [
-        {"length": length, **{row["arm"]: row["found"] / row["of"] for row in by_length[length]}}
-        for length in sorted(by_length)
+    """How many hidden numbers each arm found, by length of the text and depth; green where it found all."""
+    settings = [(key, value) for key, value in results.items() if "tokens" in key and isinstance(value, list)]
+    depths = results["depths"]
+    left, top, width, height, line = 170, 34, 110, 34, 0
+    parts = [
+        f'<text x="{left + place * width + 6}" y="20">depth {depth:.0%}</text>' for place, depth in enumerate(depths)
     ]
-    return lines(rows, "length", "length of the text (tokens)", "share of numbers found")
+    for title, rows in settings:
+        parts.append(f'<text x="4" y="{top + line * height + 21}">{escape(title)}</text>')
+        line += 1
+        for row in rows:
+            y, each = top + line * height, row["of"] // len(depths)
+            parts.append(f'<text class="label" x="4" y="{y + 21}">{escape(row["arm"])}</text>')
+            for place, found in enumerate(row["found by depth"]):
+                kind, x = "better" if found == each else "worse" if not found else "even", left + place * width
+                parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{width - 3}" height="{height - 3}" rx="4"/>')
+                parts.append(f'<text class="label" x="{x + 10}" y="{y + 21}">{found} of {each}</text>')
+            low, high = row["interval"]
+            said = f"{row['found']} of {row['of']}, 95 % interval {low:.2f} to {high:.2f}"
+            parts.append(f'<text x="{left + len(depths) * width + 10}" y="{y + 21}">{said}</text>')
+            line += 1
+    size = (left + len(depths) * width + 260, top + line * height + 8)
+    drawn = f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="numbers found by depth">'
+    return standalone(drawn + "".join(parts) + "</svg>", [])
 
 
 def heat_map(rows: Sequence[dict[str, Any]]) -> str:
