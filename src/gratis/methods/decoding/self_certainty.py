@@ -11,6 +11,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from gratis.contract.attach import Scope
 from gratis.contract.card import Card, Claim
-from gratis.contract.errors import InputError, ParameterError
+from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.contract.method import Decoding
 from gratis.contract.parameters import param
-from gratis.subjects.answers import AnswerName, borda, ranking, response_answers
+from gratis.subjects.answers import AnswerName, borda, extract, ranking, response_answers
+from gratis.subjects.chat import Answer, Chat, ChatError, Format, Reply, read_answer, zero_shot
+from gratis.subjects.chat.formats import format_of
 from gratis.subjects.generate_door import Choice, check_generates, install_choice
 from gratis.subjects.opening import tokenizer_of
 from gratis.subjects.sampling_loop import Recorder, Samples, can_repeat
-from gratis.subjects.token_statistics import repeated_share, self_certainty
+from gratis.subjects.token_statistics import repeated_share, self_certainty, self_certainty_bound
 
 UNANSWERED = -1e9
 """Score of a response without an answer, where answers are looked for."""
@@ -36,6 +39,10 @@ class SelfCertainty(Decoding):
 
     Scores rank responses of one model to one prompt; they are no probabilities, and no measure across prompts or
     models. `select="borda"` needs an `answer` to vote on. A response with an empty vote keeps its rank.
+
+    On a `gratis.Chat` over an endpoint that tells the largest log-probabilities, the score is a lower bound of the
+    published one: what the unseen tokens share is taken as shared equally. The bound needs the size of the model's
+    vocabulary, and it is the looser, the fewer log-probabilities are told.
     """
 
     card = Card(
@@ -49,7 +56,7 @@ class SelfCertainty(Decoding):
         summary="the response, of several drawn, that the model itself is most certain of",
         unchanged_when={"samples": 1},
         examples={"samples": 3, "temperature": 1.0},
-        holds=("generate",),
+        holds=("generate", "answers"),
         differs=(
             "Scores are taken during generation instead of by a second pass, and so at the paper's positions (the "
             "distribution that drew each token); `score(…, positions='release')` gives those of the authors' code, one "
@@ -128,6 +135,11 @@ class SelfCertainty(Decoding):
         None, above=0, at_most=1, help="rank last what has a larger share of repeated runs of four tokens; None: do not"
     )
 
+    top_logprobs: int = param(20, at_least=1, help="largest log-probabilities that an endpoint is asked for, per token")
+    endpoint_vocabulary: int | None = param(
+        None, above=1, unit="tokens", help="size of an endpoint's vocabulary, which the bound on its score needs"
+    )
+
     def check_parameters(self) -> None:
         if not math.isfinite(self.power):
             raise ParameterError(f"SelfCertainty: power must be finite, not {self.power}.")
@@ -137,13 +149,32 @@ class SelfCertainty(Decoding):
             )
 
     def check(self, subject: Any) -> None:
+        if isinstance(subject, Chat):
+            self._check_chat(subject)
+            return
         check_generates(subject, "SelfCertainty")
         if self.answer not in {"none", "response"} or self.vocabulary == "tokenizer":
             tokenizer_of(subject)
 
+    def _check_chat(self, chat: Chat) -> None:
+        if not getattr(chat.backend, "tells_log_probabilities", False):
+            raise SubjectError(
+                "SelfCertainty needs an endpoint that tells log-probabilities of what it writes; this chat does not: "
+                "attach it to the model itself, where it is exact."
+            )
+        if self.endpoint_vocabulary is None or self.endpoint_vocabulary < self.top_logprobs:
+            raise SubjectError(
+                "SelfCertainty bounds the score of an endpoint by the size of its vocabulary: set endpoint_vocabulary, "
+                "at least top_logprobs."
+            )
+
     def install(self, subject: Any, scope: Scope) -> Any:
         if self.samples == 1:
             return lambda: {"samples": 0}
+        if isinstance(subject, Chat):
+            run = _Answers(self, subject)
+            scope.set_attribute(subject, "answer_many", run.answer_many)
+            return run.report
         width = len(tokenizer_of(subject)) if self.vocabulary == "tokenizer" else None
         return install_choice(
             subject,
@@ -159,6 +190,10 @@ class SelfCertainty(Decoding):
         responses = samples.responses
         scores = samples.means()
         answers = response_answers(model, responses, self.answer)
+        return self._decide(scores, answers, responses)
+
+    def _decide(self, scores: list[float], answers: list[str | None], responses: list[list[Any]]) -> Choice:
+        """The order of responses by their scores and answers. responses: their tokens, for the check on loops."""
         ranked = list(scores)
         if self.max_repetition is not None:
             for index, response in enumerate(responses):
@@ -173,6 +208,87 @@ class SelfCertainty(Decoding):
         if self.answer not in {"none", "code"}:
             ranked = [UNANSWERED if answer is None else score for score, answer in zip(ranked, answers, strict=True)]
         return Choice(ranking(ranked), details)
+
+
+def bound(reply: Reply, vocabulary: int) -> tuple[float, float]:
+    """A lower bound on the self-certainty of a reply, and the share of its tokens at which the bound says nothing.
+
+    Those are tokens whose told probabilities sum to one, so that the rest was set to a floor. Raises ChatError where the
+    endpoint told no log-probabilities.
+    """
+    told = [entry.get("top_logprobs") for entry in reply.logprobs or ()]
+    if not told or not all(told):
+        raise ChatError(
+            "The endpoint told no log-probabilities of its tokens, which SelfCertainty ranks by: use a server that does, "
+            "or MajorityVote's plain vote by power=0 elsewhere."
+        )
+    totals, floored = 0.0, 0
+    for entries in told:
+        top = torch.tensor([float(entry["logprob"]) for entry in entries], dtype=torch.float64)
+        # A token that was drawn from beyond the largest may be told as well; minus infinity says nothing.
+        value, flag = self_certainty_bound(top[top.isfinite() & (top > -9000)], vocabulary)
+        totals += float(value)
+        floored += bool(flag)
+    return totals / len(told), floored / len(told)
+
+
+class _Answers:
+    """Questions put to an endpoint several times each."""
+
+    def __init__(self, method: SelfCertainty, chat: Chat) -> None:
+        self._method, self._chat = method, chat
+        self._totals = {"questions": 0, "samples": 0, "failed": 0, "generated_tokens": 0}
+        self._last: dict[str, list[Any]] = {}
+
+    def report(self) -> dict[str, Any]:
+        return {**self._totals, **self._last}
+
+    def answer_many(
+        self, questions: Sequence[Any], kind: str | Format = "text", *, max_tokens: int = 800
+    ) -> list[Answer]:
+        """The answer of the reply that is chosen, for each question. Raises ChatError where none can be chosen."""
+        method, form = self._method, format_of(kind)
+        items = [form.item(question) for question in questions]
+        requests = [
+            replace(
+                zero_shot(form, item, max_tokens, self._chat.seed), sample_index=sample + 1, choices=(),
+                temperature=method.temperature, top_p=method.top_p, logprobs=method.top_logprobs,
+                tags={"method": "self-certainty", "role": "answer"},
+            )
+            for item in items
+            for sample in range(method.samples)
+        ]  # fmt: skip
+        replies = self._chat(requests)
+        details: dict[str, list[Any]] = {}
+        answers = []
+        for place, item in enumerate(items):
+            own = replies[place * method.samples : (place + 1) * method.samples]
+            kept = [reply for reply in own if reply.error is None]
+            self._totals["questions"] += 1
+            self._totals["samples"] += len(kept)
+            self._totals["failed"] += len(own) - len(kept)
+            self._totals["generated_tokens"] += sum(reply.usage.output for reply in kept)
+            if not kept:
+                raise ChatError(f"The chat did not answer: {(own[0].error or '').rstrip('.')}.")
+            assert method.endpoint_vocabulary is not None
+            bounds = [bound(reply, method.endpoint_vocabulary) for reply in kept]
+            found = [self._found(reply.text) for reply in kept]
+            tokens = [[entry.get("token") for entry in reply.logprobs or ()] for reply in kept]
+            choice = method._decide([value for value, _ in bounds], found, tokens)
+            seen = {"bound": [value for value, _ in bounds], "floored": [share for _, share in bounds],
+                    "ranking": list(choice.ranking), "truncated": [r.finish_reason == "length" for r in kept],
+                    **{name: value for name, value in choice.details.items() if name != "self_certainty"}}  # fmt: skip
+            for name, value in seen.items():
+                details.setdefault(name, []).append(value)
+            answer = read_answer(form, item, kept[choice.ranking[0]])
+            answer.attempts = len(own)
+            answers.append(answer)
+        self._last = details
+        return answers
+
+    def _found(self, text: str) -> str | None:
+        name = self._method.answer
+        return None if name == "none" else text if name == "response" else extract(name, text)
 
 
 def score(

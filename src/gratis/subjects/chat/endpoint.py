@@ -61,6 +61,8 @@ class Endpoint:
         self._concurrency, self._attempts, self._budget = concurrency, attempts, retry_budget_s
         self._sleep, self._clock = sleep, clock
         self.continues = continues
+        self.tells_log_probabilities = continues != "completions"
+        """Whether it can be asked for the log-probabilities of what it writes."""
 
     @property
     def model(self) -> str:
