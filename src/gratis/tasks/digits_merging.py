@@ -29,7 +29,7 @@ class DigitsMerging(Task):
     )
 
     epochs: int = param(80, above=0, help="passes of each fine-tuning over its digits")
-    ways: int = param(3, at_least=2, at_most=3, help="ways of showing digits, and so experts")
+    ways: int = param(3, at_least=1, at_most=3, help="ways of showing digits, and so experts")
 
     def subject(self) -> Any:
         base, tuned, groups = experts(self.epochs)

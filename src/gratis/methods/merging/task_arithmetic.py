@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gratis.contract.card import Card, Claim
+from gratis.contract.errors import InputError
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
 
@@ -41,7 +42,16 @@ class TaskArithmetic(Merge):
 
     scale: float = param(0.3, at_least=0, help="factor of the sum of task vectors (lambda)", search=(0.05, 1.5))
 
+    normalize: bool = param(
+        False, help="divide by the sum of the weights, as mergekit can: the mean of the differences"
+    )
+
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
+        total = sum(part.weights)
+        if self.normalize and total == 0:
+            raise InputError("TaskArithmetic: the weights sum to 0, so they cannot be normalised.")
+        if self.normalize:
+            return weighted_sum(experts, part.weights).mul_(self.scale / total)
         return weighted_sum(experts, part.weights).mul_(self.scale)
 
 
