@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gratis.contract.attach import Scope
 from gratis.contract.errors import SubjectError
-from gratis.subjects.language import language_model, text_config
+from gratis.subjects.language import input_device, language_model, text_config
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """`attend(inner, module, query, key, value, attention_mask, **kwargs)`.
@@ -142,7 +142,7 @@ def _function_of(module: Any, name: str) -> Any:
 def _probe(model: Any, method: str) -> Tensor:
     """Logits of two short rows, one of them padded on the left."""
     size = max(int(text_config(model).vocab_size), 2)
-    tokens = torch.arange(1, 2 * PROBE_LENGTH + 1, device=model.device).remainder(size).reshape(2, PROBE_LENGTH)
+    tokens = torch.arange(1, 2 * PROBE_LENGTH + 1, device=input_device(model)).remainder(size).reshape(2, PROBE_LENGTH)
     mask = torch.ones_like(tokens)
     mask[0, :2] = 0
     try:

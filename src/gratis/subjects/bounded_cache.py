@@ -23,8 +23,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, ParameterError
-from gratis.subjects.language import CachedLayer, Rotation, cached_layers, language_model, window_of
-from gratis.subjects.reading_door import Footprint, Reading, install_reading
+from gratis.subjects.language import CachedLayer, Rotation, asking, cached_layers, language_model, uncompiled, window_of
+from gratis.subjects.reading_door import NO_GRADIENTS, Footprint, Reading, install_reading
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,8 @@ class BoundedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    # What keeps the text is the same for a compiled model, and nothing for a compiler to look into.
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `(batch, heads, new, head_dim)` and return all keys and values of the layer."""
         if not self.is_initialized:
@@ -175,11 +177,13 @@ class BoundedLayer(CacheLayerMixin):
             return cache.append(self._index, value_states, key_states)[::-1]
         return cache.append(self._index, key_states, value_states)
 
+    @uncompiled
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         cache = self._cache()
         assert cache is not None
         return cache.stored + query_length, cache.seen - cache.stored
 
+    @uncompiled
     def get_seq_length(self) -> int:
         cache = self._cache()
         return cache.seen if cache is not None else 0
@@ -246,6 +250,8 @@ class BoundedCache(Cache):
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new entries and return views of all of them."""
+        if keys.requires_grad:
+            raise InputError(NO_GRADIENTS.format(method=self.method))
         end = self.stored + keys.shape[-2]
         if layer not in self._place or not self._place[layer][0].fits(keys, values):
             self._add_block(layer, keys, values, end)
@@ -506,7 +512,10 @@ def install_bounded_cache(
     here = threading.local()
     last: list[CacheReport] = []
 
+    @uncompiled
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if asking.get():
+            return args, kwargs
         if args:
             kwargs = {**signature.bind_partial(*args).arguments, **kwargs}
         cache = kwargs.get("past_key_values")
@@ -539,9 +548,10 @@ def install_bounded_cache(
             kwargs["position_ids"] = places.expand(*(old.shape[:-1] if old is not None else (1,)), -1)
         return (), kwargs
 
+    @uncompiled
     def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, BoundedCache):
+        if isinstance(cache, BoundedCache) and not asking.get():
             cache.finish(cache._pending)
             if cache.evicted and cache.padded:
                 raise InputError(_UNEQUAL.format(method=method))

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gratis.contract.errors import SubjectError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 PROBE_TOKENS = 4
+asking: ContextVar[bool] = ContextVar("asking", default=False)
+"""Whether a model is being asked what it is made of: what is attached to it keeps out of the way."""
 PROBE_SHIFT = 5
 PIECE_BYTES = 1 << 19
 """Keys that are turned at a time on a processor."""
+
+
+def uncompiled(function: Function) -> Function:
+    """`function`, which torch.compile calls as it is."""
+    kept: Function = torch.compiler.disable(function)
+    return kept
 
 
 def language_model(subject: Any, method: str) -> Any:
@@ -45,6 +56,15 @@ def window_of(model: Any) -> int | None:
     """Length in tokens that the model was trained for, None where its configuration does not say."""
     length = getattr(text_config(model), "max_position_embeddings", None)
     return int(length) if isinstance(length, int) and length > 0 else None
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model expects its tokens, also where its weights wait on disk until they are needed."""
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    place = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return torch.device(place if place is not None else "cpu")
 
 
 Angles = tuple[Tensor, Tensor, Tensor]
@@ -195,8 +215,11 @@ def _cached(model: Any, method: str, position: int) -> list[tuple[Tensor, Tensor
     config = text_config(model)
     cache = DynamicCache(config=config)
     # Texts of one token: attention then has nothing to mix, so keys of all layers differ by their position only.
-    tokens = torch.arange(1, PROBE_TOKENS + 1, device=model.device).remainder(max(int(config.vocab_size), 2))[:, None]
+    tokens = torch.arange(1, PROBE_TOKENS + 1, device=input_device(model)).remainder(max(int(config.vocab_size), 2))[
+        :, None
+    ]
     places = torch.full_like(tokens, position)
+    token = asking.set(True)
     try:
         out = model(input_ids=tokens, position_ids=places, past_key_values=cache, use_cache=True)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
@@ -204,6 +227,8 @@ def _cached(model: Any, method: str, position: int) -> list[tuple[Tensor, Tensor
             f"{method} needs a model that takes position_ids and a cache; {type(model).__name__} does not: "
             f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}."
         ) from error
+    finally:
+        asking.reset(token)
     used = getattr(out, "past_key_values", None)
     if used is not cache or not cache.layers:
         raise SubjectError(f"{method} needs a model that uses the cache it is given; {type(model).__name__} does not.")

@@ -20,12 +20,13 @@ from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, MemoryShortError
 from gratis.subjects.block_store import KEPT_FREE, gib
 from gratis.subjects.generate_door import setting, split_prompts
-from gratis.subjects.language import CachedLayer, window_of
+from gratis.subjects.language import CachedLayer, input_device, window_of
 from gratis.subjects.progress_bar import PatientBar
 
 PIECE = 512
 """Tokens read at a time of a prompt that is longer than the trained window, where a method says nothing."""
 LONGEST = 1 << 40
+NO_GRADIENTS = "{method} keeps what was read without gradients: call the model under torch.no_grad()."
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def install_reading(model: Any, reading: Reading, here: Any, scope: Scope) -> No
         held = _check_settings(model, call, reading, length, total)
         several = max(int(setting(model, call, n) or 1) for n in ("num_beams", "num_return_sequences"))
         check_fits(
-            method, model.device, reading.footprint(rows * several, total),
+            method, input_device(model), reading.footprint(rows * several, total),
             lambda tokens: reading.footprint(rows * several, tokens), reading.advice,
         )  # fmt: skip
         reading.announce(rows, total)
@@ -235,7 +236,7 @@ def _check_settings(model: Any, call: dict[str, Any], reading: Reading, length: 
 
 def _short(model: Any, reading: Reading, prompt: Tensor, read: int, chunk: int | None) -> MemoryShortError:
     rows, length = int(prompt.shape[0]), int(prompt.shape[1])
-    tokens = longest(model.device, lambda count: reading.footprint(rows, count))
+    tokens = longest(input_device(model), lambda count: reading.footprint(rows, count))
     fitting = "any length" if tokens >= LONGEST else f"a text of about {min(tokens, max(read, 1)):,} tokens"
     pieces = f"{chunk:,} at a time" if chunk is not None and chunk < length else "in one piece"
     return MemoryShortError(

@@ -21,8 +21,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.subjects.attention_door import check_attention, install_attention
-from gratis.subjects.language import Angles, Rotation, language_model, rotations, text_config, window_of
-from gratis.subjects.reading_door import Reading, install_reading
+from gratis.subjects.language import (
+    Angles,
+    Rotation,
+    asking,
+    input_device,
+    language_model,
+    rotations,
+    text_config,
+    window_of,
+)
+from gratis.subjects.reading_door import NO_GRADIENTS, Reading, install_reading
 
 PROBE_LENGTH = 24
 _CHANGES_LOGITS = ("s_aux", "softcap", "position_bias", "sliding_window", "window_size")
@@ -140,6 +149,8 @@ class MemoryLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    # What keeps the text is the same for a compiled model, and nothing for a compiler to look into.
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand new entries (batch, key heads, new, head_dim) on to whoever attends next."""
         if not self.is_initialized:
@@ -151,11 +162,13 @@ class MemoryLayer(CacheLayerMixin):
             return key_states, value_states
         return self.memory.append(key_states, value_states)
 
+    @uncompiled
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         cache = self._cache()
         assert cache is not None
         return (query_length, 0) if cache.outgrown else (cache.text.seen + query_length, 0)
 
+    @uncompiled
     def get_seq_length(self) -> int:
         cache = self._cache()
         return cache.text.seen if cache is not None else 0
@@ -272,7 +285,7 @@ def check_memory(subject: Any, method: str, window: int, make: MakeMemories) -> 
 def _compare(model: Any, method: str, window: int, make: MakeMemories) -> None:
     """Raise SubjectError unless memories that hold a short text whole compute what the model does by itself."""
     size = max(int(text_config(model).vocab_size), 2)
-    tokens = torch.arange(1, min(PROBE_LENGTH, window) + 1, device=model.device).remainder(size)[None]
+    tokens = torch.arange(1, min(PROBE_LENGTH, window) + 1, device=input_device(model)).remainder(size)[None]
     plain = model(input_ids=tokens, use_cache=True).logits.float()
     scope = Scope()
     try:
@@ -306,7 +319,11 @@ def install_memory(
     here = threading.local()
     last: list[MemoryCache] = []
 
+    @uncompiled
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if asking.get():
+            here.cache = None
+            return args, kwargs
         if args:
             kwargs = {**signature.bind_partial(*args).arguments, **kwargs}
         cache = kwargs.get("past_key_values")
@@ -352,10 +369,13 @@ def install_memory(
         cache.torn = True
         return (), kwargs
 
+    @uncompiled
     def attend(inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         cache = getattr(here, "cache", None)
         if cache is None:
             return inner(module, query, key, value, mask, **kwargs)
+        if key.requires_grad:
+            raise InputError(NO_GRADIENTS.format(method=method))
         memory, cache.asked = cache.asked, None
         changed = next((name for name in _CHANGES_LOGITS if kwargs.get(name) is not None), None)
         if memory is None or changed is not None:
@@ -370,6 +390,7 @@ def install_memory(
         memory.watch(query, scaling)
         return output
 
+    @uncompiled
     def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = getattr(here, "cache", None)
         if cache is not None:

@@ -341,8 +341,9 @@ def test_a_text_that_memory_cannot_hold_is_refused_before_it_is_read(monkeypatch
     ids = tiny.prompt()
     free = type("Free", (), {"available": KEPT_FREE + 60_000})
     monkeypatch.setattr("gratis.subjects.block_store.psutil.virtual_memory", lambda: free)
-    with gratis.attach(model, gratis.InfLLM(**SMALL)), pytest.raises(
-        MemoryShortError, match=r"about \d+ tokens fit; use store='file'"
+    with (
+        gratis.attach(model, gratis.InfLLM(**SMALL)),
+        pytest.raises(MemoryShortError, match=r"about \d+ tokens fit; use store='file'"),
     ):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
     with gratis.attach(model, gratis.InfLLM(**SMALL, store="file")):

@@ -22,7 +22,7 @@ from gratis.contract.errors import MemoryShortError, ParameterError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
 from gratis.subjects.block_store import BlockStore, HotBlocks, gib
-from gratis.subjects.language import CachedLayer, Rotation, cached_layers, text_config
+from gratis.subjects.language import CachedLayer, Rotation, cached_layers, input_device, text_config
 from gratis.subjects.reading_door import Footprint, Reading
 from gratis.subjects.unrotated_door import LayerMemory, Text, check_memory, install_memory
 
@@ -182,7 +182,7 @@ class InfLLM(Attachable):
         recent = min(tokens, 2 * self.window + 2 * self.block + piece)
         far = sinks + self.blocks * self.block if stored else 0
         heads = int(text_config(model).num_attention_heads)
-        apart = self.store == "file" or (self.store == "memory" and model.device.type != "cpu")
+        apart = self.store == "file" or (self.store == "memory" and input_device(model).type != "cpu")
         hot = self.hot_blocks * self.block if stored and apart else 0
         near = blocks = 0
         for layer in layers:
@@ -535,8 +535,9 @@ class BlockMemory:
         assert self._plain is not None
         assert self._values is not None
         assert self._scores is not None
-        each = sum(int(tensor[:, :, : method.block].nbytes) for tensor in (self._plain, self._values))
-        method._check_budget((self._store.count + count) * each * self._layers, self.end)
+        if method.memory_budget is not None:
+            each = sum(tensor[:, :, : method.block].nbytes for tensor in (self._plain, self._values))
+            method._check_budget((self._store.count + count) * each * self._layers, self.end)
         if self._far is None:
             self._set_aside(self._plain, self._values)
         at = slice(start - self._origin, start - self._origin + count * method.block)
