@@ -29,6 +29,7 @@ from gratis.subjects.language import (
     language_model,
     rotations,
     text_config,
+    uncompiled,
     window_of,
 )
 from gratis.subjects.reading_door import NO_GRADIENTS, Reading, install_reading
