@@ -41,6 +41,19 @@ def _language() -> Kind:
     )
 
 
+def _masked() -> Kind:
+    from tests import tiny_language
+    from tests import tiny_masked as tiny
+
+    return Kind(
+        build=lambda dtype=torch.float32: tiny.tiny_masked_model(dtype=dtype),
+        run=lambda model, seed=0: tiny.run(model, seed=seed).numpy(),
+        snapshot=tiny_language.snapshot,
+        rows=lambda model, batch: tiny.run(model, tiny.prompt(2)[:batch]).numpy(),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    )
+
+
 def _diffusion() -> Kind:
     from tests import tiny_diffusion as tiny
 
@@ -78,6 +91,7 @@ def _chat() -> Kind:
 
 LIVE: dict[str, Callable[[], Kind]] = {
     "language model": _language,
+    "masked-diffusion model": _masked,
     "diffusion pipeline": _diffusion,
     "chat": _chat,
 }

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ActsOn = Literal["language model", "checkpoints", "chat", "features", "diffusion pipeline", "torch module"]
+ActsOn = Literal[
+    "language model", "masked-diffusion model", "checkpoints", "chat", "features", "diffusion pipeline",
+    "torch module",
+]  # fmt: skip
 """What a method acts on: the ecosystem's own object, in the field's words."""
 
 Compare = Literal["value", "difference", "ratio"]
