@@ -120,7 +120,7 @@ def main() -> None:
         folder, name,
         "A `LlamaForCausalLM` that adds and subtracts two to four numbers step by step, in paragraphs, with checks "
         "that begin with words such as `Wait, let me check` and an answer in `\\boxed{}`. "
-        "`arithmetic-small` and `arithmetic-large` share the tokenizer; the larger one makes fewer mistakes.",
+        "`arithmetic-small` and `arithmetic-large` share the tokenizer.",
         f"generated, `gratis.zoo.arithmetic`, tests with seed {TEST_SEED:,}",
         f"`gratis.open('zoo:{name}')` with prompts `gratis.zoo.arithmetic.Problem.prompt`",
         {
