@@ -1,7 +1,7 @@
 """Every attachable language method on every decoder-only architecture: it works and keeps the promises, or refuses.
 
 `python -m tests.architectures.matrix` examines all of them and writes docs/architectures.json, from which the docs'
-table is generated; it exits with 1 where one fails.
+table is generated; it exits with 1 where one fails. With names of architectures or methods it renews their part.
 """
 
 from __future__ import annotations
@@ -122,16 +122,19 @@ def _door(model: Any, expected: torch.Tensor) -> Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="model types; all without any")
+    parser.add_argument("--method", action="append", help="only this method, the others' results kept (repeatable)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    entries = language_methods()
-    rows: dict[str, Any] = {}
+    entries = [e for e in language_methods() if arguments.method is None or e.name in arguments.method]
+    partial = bool(arguments.names or arguments.method) and arguments.out.exists()
+    rows: dict[str, Any] = json.loads(arguments.out.read_text())["architectures"] if partial else {}
     for name in track(arguments.names or architectures(), description="architectures"):
         cells = examine(name, entries)
         if cells is not None:
-            rows[name] = {method: asdict(cell) for method, cell in cells.items()}
+            found_here = {method: asdict(cell) for method, cell in cells.items()}
+            rows[name] = {**rows.get(name, {}), **found_here} if partial else found_here
     found = {"transformers": transformers.__version__, "torch": torch.__version__, "architectures": rows}
     write_text(arguments.out, json.dumps(found, indent=1) + "\n")
     failures = [(n, m, c["reason"]) for n, row in rows.items() for m, c in row.items() if c["outcome"] == FAILS]

@@ -143,7 +143,8 @@ class DraftReader:
         """(count, vocabulary) from logits (1 or 2, count, vocabulary) of each stream."""
         every = torch.cat(rows)
         if len(every) == 1:
-            return every[0]
+            alone: Tensor = every[0]
+            return alone
         given, other = every.log_softmax(-1)
         given = given.clone()
         given[:guided] = other[:guided] + self._scale * (given[:guided] - other[:guided])

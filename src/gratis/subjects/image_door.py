@@ -77,7 +77,7 @@ def install_image_generation(
             return sequences
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-        return GenerateDecoderOnlyOutput(sequences=sequences)
+        return GenerateDecoderOnlyOutput(sequences=sequences.long())  # type: ignore[arg-type]
 
     scope.set_attribute(model, "generate", generate)
     return lambda: {**report(), **({"pictures": dict(last)} if last else {})}
