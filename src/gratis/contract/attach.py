@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping
@@ -128,6 +129,37 @@ class Attachment:
                 _stack(self.subject).append(later)
                 later._attached = True
 
+    def turn(self, strength: float, name: str | None = None) -> None:
+        """Set the strength of the attached deltas (of all, or of those called `name`) while the subject is live.
+
+        Weights are computed anew from the originals, so that turning back and forth leaves nothing behind. Raises
+        AttachmentError where nothing can be turned, and where the attachment was taken off.
+        """
+        if not math.isfinite(strength):
+            raise AttachmentError(f"The strength must be a finite number, not {strength}.")
+        with _lock:
+            if not self._attached:
+                raise AttachmentError("This attachment was taken off already; call gratis.attach again.")
+            turned = tuple(
+                method.at(strength) if hasattr(method, "at") and name in (None, method.name) else method
+                for method in self.methods
+            )
+            if all(new is old for new, old in zip(turned, self.methods, strict=True)):
+                known = [method.name for method in self.methods if hasattr(method, "at")]
+                raise AttachmentError(
+                    f"Nothing here is called {name!r} and can be turned; there is {', '.join(known)}."
+                    if known
+                    else "Nothing here can be turned: only deltas have a strength."
+                )
+            stack = _stack(self.subject)
+            above = stack[stack.index(self) + 1 :]
+            for later in reversed(above):
+                later._uninstall()
+            self._uninstall()
+            self.methods = turned
+            for attachment in (self, *above):
+                attachment._install()
+
     def _install(self) -> None:
         try:
             for method in self.methods:
@@ -228,7 +260,9 @@ def _stack(subject: Any) -> list[Attachment]:
     key = id(subject)
     entry = _stacks.get(key)
     if entry is None or entry[0]() is not subject:
-        entry = (weakref.ref(subject, lambda _: _stacks.pop(key, None)), [])
+        # Bound now: at the end of the process, names of the module are gone before the last subject.
+        stacks = _stacks
+        entry = (weakref.ref(subject, lambda _: stacks.pop(key, None)), [])
         _stacks[key] = entry
     return entry[1]
 
