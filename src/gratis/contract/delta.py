@@ -77,6 +77,10 @@ class Delta:
         """The same change, `strength` times as strong; 0 changes nothing."""
         return Delta(self._tensors, label=self.label, strength=self.strength * strength)
 
+    def at(self, strength: float) -> Delta:
+        """The same change at this strength, whatever it was before."""
+        return Delta(self._tensors, label=self.label, strength=strength)
+
     def low_rank(self, rank: int) -> Delta:
         """The best approximation of every matrix by one of `rank`; other tensors stay as they are."""
         import torch

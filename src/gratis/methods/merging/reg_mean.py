@@ -76,8 +76,8 @@ class RegMean(Merge):
         assert total_gram is not None
         assert right is not None
         # Inputs that were never seen leave the system singular: the least-norm solution there.
-        merged: Tensor = torch.linalg.pinv(total_gram, hermitian=True) @ right
-        return merged.T.float().flatten()
+        solved: Tensor = torch.linalg.pinv(total_gram, hermitian=True) @ right
+        return solved.T.float().flatten()
 
 
 @torch.no_grad()
