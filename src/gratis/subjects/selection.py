@@ -13,6 +13,8 @@ from torch import Tensor
 
 SAMPLE_BLOCKS = 256
 SAMPLE_BLOCK = 1024
+MOST_HELD = 8_000_000
+"""Numbers within the bracket that are held at a time, however long the stream is."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,51 @@ class Kept:
 def largest(stretches: Sequence[Stretch], keep: int, magnitudes: Magnitudes, run: Run) -> Kept:
     """What separates the `keep` largest magnitudes from the rest, exactly, in two passes over the stream.
 
-    A sample brackets the answer; one pass counts what lies below and collects what lies within; the answer is selected
-    from that. If the bracket misses, the bits of the numbers are counted instead (two more passes).
+    One stretch is selected from as it is. Otherwise a sample brackets the answer; one pass counts what lies below and
+    collects what lies within (narrowing the bracket where that would be too much to hold); the answer is selected from
+    that. If the bracket misses, the bits of the numbers are counted instead (two more passes).
     """
     total = sum(stretch.count for stretch in stretches)
     rank = total - keep
+    if len(stretches) == 1:
+        values = magnitudes(stretches[0]).numpy(force=True)
+        threshold = np.partition(values, rank)[rank]
+        ties = keep - int(np.count_nonzero(values > threshold))
+        return Kept(float(threshold), ties, ties == int(np.count_nonzero(values == threshold)))
     low, high = _bracket(stretches, rank / max(total - 1, 1), magnitudes)
 
-    def survey(stretch: Stretch) -> tuple[int, int, int, NDArray[np.float32]]:
+    def survey(stretch: Stretch) -> tuple[float, float, int, int, int, NDArray[np.float32]]:
         # Comparisons of whole stretches are several times quicker in numpy than in torch.
-        values = magnitudes(stretch).numpy()
-        below, above = int(np.count_nonzero(values < low)), int(np.count_nonzero(values > high))
-        at_high = int(np.count_nonzero(values == high)) if high != low else 0
-        return below, above, at_high, np.compress((values > low) & (values < high), values)
+        values, (first, last) = magnitudes(stretch).numpy(force=True), (low, high)
+        below, above = int(np.count_nonzero(values < first)), int(np.count_nonzero(values > last))
+        at_last = int(np.count_nonzero(values == last)) if last != first else 0
+        return first, last, below, above, at_last, np.compress((values > first) & (values < last), values)
 
-    below = above = at_high = 0
+    below = above = at_high = seen = held = 0
     pieces: list[NDArray[np.float32]] = []
-    for found in run(survey, stretches):
-        below, above, at_high = below + found[0], above + found[1], at_high + found[2]
-        pieces.append(found[3])
+    for stretch, (first, last, less, more, at_last, piece) in zip(stretches, run(survey, stretches), strict=True):
+        seen += stretch.count
+        if (first, last) != (low, high):
+            # Surveyed before the bracket was narrowed, which left both of its ends outside.
+            at_first = stretch.count - less - more - at_last - len(piece)
+            less += at_first + int(np.count_nonzero(piece < low))
+            more += at_last + int(np.count_nonzero(piece > high))
+            at_last = int(np.count_nonzero(piece == high)) if high != low else 0
+            piece = np.compress((piece > low) & (piece < high), piece)
+        below, above, at_high, held = below + less, above + more, at_high + at_last, held + len(piece)
+        pieces.append(piece)
+        if held > MOST_HELD:
+            inside = np.concatenate(pieces)
+            at_low = seen - below - above - at_high - held
+            likely = round(rank * seen / total) - below - at_low
+            ends = np.clip([likely - MOST_HELD // 4, likely + MOST_HELD // 4], 0, held - 1)
+            inside.partition(ends)
+            low, high = (float(inside[end]) for end in ends)
+            below += at_low + int(np.count_nonzero(inside < low))
+            above += at_high + int(np.count_nonzero(inside > high))
+            at_high = int(np.count_nonzero(inside == high)) if high != low else 0
+            pieces = [np.compress((inside > low) & (inside < high), inside)]
+            held = len(pieces[0])
     inside = np.concatenate(pieces)
     at_low = total - below - above - at_high - len(inside)
     if rank < below or rank >= total - above:

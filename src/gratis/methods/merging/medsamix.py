@@ -411,11 +411,12 @@ class _Forest:
         ).fit(points, costs)
 
     def __call__(self, points: Vector) -> tuple[Vector, Vector]:
-        leaves = self._forest.apply(points)
+        narrow = np.asarray(points, np.float32)
         trees = [tree.tree_ for tree in self._forest.estimators_]
-        means = np.stack([tree.value[leaves[:, n], 0, 0] for n, tree in enumerate(trees)])
-        within = np.stack([tree.impurity[leaves[:, n]] for n, tree in enumerate(trees)])
-        return means.mean(0), np.sqrt(within.mean(0) + means.var(0))
+        leaves = [tree.apply(narrow) for tree in trees]
+        means = np.stack([tree.value[leaf, 0, 0] for tree, leaf in zip(trees, leaves, strict=True)])
+        within = np.stack([tree.impurity[leaf] for tree, leaf in zip(trees, leaves, strict=True)])
+        return means.mean(0), np.sqrt(np.maximum(within.mean(0) + means.var(0), 0))
 
 
 class _Search:

@@ -1,0 +1,138 @@
+"""Plan, statistics and page of a merge; the numbers against what was built in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gratis.contract.errors import FileError
+from gratis.subjects.merge_recipe import load_recipe
+from gratis.trials.merge_report import _pieces, heat_map, merge_statistics, plan_merge, render, save_report
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two experts that agree in layer 0, oppose each other in layer 1, and change different halves in layer 2."""
+    base = {f"layers.{n}.w": torch.zeros(64, 64) for n in range(3)} | {"count": torch.tensor([3])}
+    half = torch.zeros(64, 64)
+    half[:32] = 1
+    one = {"layers.0.w": 1.0, "layers.1.w": 1.0, "layers.2.w": half}
+    two = {"layers.0.w": 2.0, "layers.1.w": -2.0, "layers.2.w": 1 - half}
+    for name, changes in (("base", {}), ("one", one), ("two", two)):
+        (tmp_path / name).mkdir()
+        tensors = {n: (t + changes[n] if n in changes else t).clone() for n, t in base.items()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    return tmp_path
+
+
+def merged(folder, text):
+    (folder / "recipe.yaml").write_text(text)
+    recipe = load_recipe(folder / "recipe.yaml")
+    recipe.run(folder / "out", overwrite=True)
+    return recipe, {t.name: t for t in merge_statistics(recipe, folder / "out").tensors}
+
+
+def test_conflicts_are_what_was_built_in(folder):
+    _, found = merged(folder, "method: task-arithmetic\nparameters: {scale: 1}\nbase: base\nexperts: [one, two]\n")
+    assert list(found) == ["layers.0.w", "layers.1.w", "layers.2.w"]
+    assert [t.sign_disagreement for t in found.values()] == [0, 1, None]
+    assert [t.cosine for t in found.values()] == pytest.approx([1, -1, 0])
+    assert found["layers.0.w"].sizes == (1, 2)
+    assert found["layers.0.w"].size == 3
+    assert found["layers.1.w"].kept == (0, 1)
+    assert found["layers.1.w"].overruled == (1, 0)
+    assert all(t.trimmed == (0, 0) for t in found.values())
+
+
+def test_what_ties_trims_is_counted(folder):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("one", "two"):
+        save_file({"w": torch.randn(100, 50, generator=generator)}, folder / name / "model.safetensors")
+    save_file({"w": torch.zeros(100, 50)}, folder / "base" / "model.safetensors")
+    text = "method: ties\nparameters: {density: 0.3, scope: %s}\nbase: base\nexperts: [one, two]\n"
+    for scope in ("tensor", "global"):
+        _, found = merged(folder, text % scope)
+        assert found["w"].trimmed == pytest.approx((0.7, 0.7), abs=0.01)
+
+
+def test_what_dare_drops_is_counted_as_the_merge_dropped_it(folder):
+    recipe, found = merged(folder, "method: dare\nparameters: {density: 0.4}\nbase: base\nexperts: [one, two]\n")
+    out = {t.name: t for t in merge_statistics(recipe, folder / "out").tensors}
+    both = found["layers.2.w"]
+    # The experts change different entries, so an entry of the result moved exactly where it was not dropped.
+    assert both.kept == pytest.approx([1 - share for share in both.trimmed])
+    assert both.trimmed == pytest.approx((0.6, 0.6), abs=0.05)
+    assert out == found
+
+
+def test_without_a_base_changes_are_from_the_mean(folder):
+    _, found = merged(folder, "method: average\nexperts: [one, two]\n")
+    assert found["layers.0.w"].cosine == pytest.approx(-1)
+    assert found["layers.0.w"].size == 0
+
+
+def test_rules_are_reported_with_their_own_method_and_experts(folder):
+    text = "method: average\nexperts: [one, two]\nrules: [{tensors: layers.1.w, method: slerp, experts: [1, 0]}]\n"
+    _, found = merged(folder, text)
+    assert {t.method for t in found.values()} == {"average", "slerp"}
+    assert found["layers.1.w"].experts == (1, 0)
+
+
+def test_large_tensors_are_sampled_where_random_streams_begin():
+    assert _pieces(0) == []
+    assert _pieces(65536) == [(0, 65536)]
+    pieces = _pieces(10_000_000)
+    assert sum(count for _, count in pieces) == 65536
+    assert all(start % 65536 == 0 and start + count <= 10_000_000 for start, count in pieces)
+    assert pieces[-1][0] > 9_000_000
+
+
+def test_the_plan_knows_bytes_and_passes(folder):
+    (folder / "recipe.yaml").write_text("method: ties\nbase: base\nexperts: [one, two]\ndtype: bfloat16\n")
+    plan = plan_merge(load_recipe(folder / "recipe.yaml"), folder / "deep" / "out", threads=2)
+    assert plan.bytes_read == 3 * (3 * 64 * 64 * 4 + 8)
+    assert plan.bytes_written == 3 * 64 * 64 * 2 + 8
+    assert plan.passes == 2
+    assert plan.seconds > 0
+    assert not (folder / "deep").exists()
+
+
+def test_a_disk_that_is_too_small_is_seen_before_anything_begins(folder, monkeypatch):
+    import shutil
+
+    (folder / "recipe.yaml").write_text("method: average\nexperts: [one, two]\n")
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(FileError, match="1.00 kB free; the merge needs 49.2 kB"):
+        plan_merge(load_recipe(folder / "recipe.yaml"), folder / "out")
+
+
+def test_the_page_stands_alone_and_shows_every_tensor(folder):
+    recipe, _ = merged(folder, "method: ties\nbase: base\nexperts: [one, two]\n")
+    seen = merge_statistics(recipe, folder / "out")
+    page, data = save_report(recipe, seen, folder / "out", plan=plan_merge(recipe, folder / "out"), seconds=1.5)
+    text = page.read_text()
+    assert text == render(recipe, seen, plan=None, out=folder / "out") or "plan" in text
+    assert "http" not in text
+    assert "<script" not in text
+    assert all(t.name in text for t in seen.tensors)
+    assert json.loads(data.read_text())["statistics"]["tensors"][0]["name"] == "layers.0.w"
+
+
+def test_names_cannot_put_markup_into_the_page(folder):
+    for name in ("one", "two"):
+        save_file({"<script>x": torch.ones(2) * (name == "one")}, folder / name / "model.safetensors")
+    (folder / "recipe.yaml").write_text("method: average\nexperts: [one, two]\n")
+    recipe = load_recipe(folder / "recipe.yaml")
+    recipe.run(folder / "out")
+    assert "<script" not in render(recipe, merge_statistics(recipe, folder / "out"))
+
+
+def test_the_map_has_a_cell_per_layer_and_kind(folder):
+    _, found = merged(folder, "method: average\nexperts: [one, two]\n")
+    drawn = heat_map(list(found.values()), lambda t: t.cosine, 0.0, 1.0)
+    assert drawn.count("<title>") == 3
+    assert "layers.*.w" in drawn
