@@ -50,7 +50,7 @@ class Scripted(nn.Module):
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
         self.passes += 1
-        seen = (input_ids.double() + 1).cos().sum(-1)[:, None] * 1e-3
+        seen = (input_ids.double() + 1).cos().sum(-1)[:, None] * 0.5
         logits = self.script(input_ids).clone()
         logits[..., 0] = logits[..., 0] + seen - 50
         return SimpleNamespace(logits=logits)
