@@ -147,7 +147,7 @@ def test_weights_of_zero_become_equal_weights():
 def test_the_search_reaches_the_optimum_of_a_grid():
     # Two groups, linear only, two models: brute force over 11 x 11 shares.
     names = ["layers.0.w", "layers.1.w"]
-    base, models = states(2, names)
+    _, models = states(2, names)
     target = {"layers.0.w": 0.8 * models[0]["layers.0.w"] + 0.2 * models[1]["layers.0.w"],
               "layers.1.w": 0.3 * models[0]["layers.1.w"] + 0.7 * models[1]["layers.1.w"]}  # fmt: skip
     score = nearness(target, 3.0)
