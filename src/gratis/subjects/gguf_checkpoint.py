@@ -220,7 +220,8 @@ def stored_rows(rows: NDArray[np.int64], total: int, heads: int) -> NDArray[np.i
     half = total // heads // 2
     head, within = np.divmod(rows, 2 * half)
     part, place = np.divmod(within, half)
-    return head * 2 * half + place * 2 + part
+    rows_there: NDArray[np.int64] = head * 2 * half + place * 2 + part
+    return rows_there
 
 
 class _Bytes:
@@ -268,7 +269,7 @@ def read_table(path: Path, sizes: Any, kinds: Any) -> tuple[dict[str, Any], dict
     if path.stat().st_size < 24:
         raise FileError(f"{path} is truncated or no GGUF file.")
     whole = np.memmap(path, mode="r", dtype=np.uint8)
-    source = _Bytes(path, memoryview(whole))
+    source = _Bytes(path, memoryview(np.asarray(whole)))
     if bytes(source.take(4)) != b"GGUF":
         raise FileError(f"{path} is no GGUF file.")
     version, tensors, entries = source.number("I"), source.number("Q"), source.number("Q")

@@ -278,9 +278,11 @@ def _run(
         engine = _Engine(inputs.of(portion), _whole_blocks(stretch), threads, portion.each)
         begun, part = done / total, size / total
         notes = _Notes(writer, str(number))
-        engine.run(
-            portion.method, portion.names, places, writer, notes, lambda f, w, b=begun, p=part: tell(b + p * f, w)
-        )
+
+        def told(fraction: float, words: str, begun: float = begun, part: float = part) -> None:
+            tell(begun + part * fraction, words)
+
+        engine.run(portion.method, portion.names, places, writer, notes, told)
         done += size
 
 

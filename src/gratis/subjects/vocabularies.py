@@ -183,8 +183,8 @@ def reconcile(sources: Sequence[TensorSource], policy: str) -> tuple[list[Any], 
         unused = padding[~torch.isin(padding, torch.tensor(sorted(tokens.values())))]
         maps[0][unused] = unused
     names = [_row_tensors(source, count) for source, count in zip(sources, rows, strict=True)]
-    for source, own in zip(sources[1:], names[1:], strict=True):
-        if own != names[0]:
+    for source, found in zip(sources[1:], names[1:], strict=True):
+        if found != names[0]:
             raise InputError(f"{source.path} and {sources[0].path} have their rows of tokens in different tensors.")
 
     def fill(name: str, wanted: Tensor, width: int) -> Tensor:

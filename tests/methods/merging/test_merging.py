@@ -450,6 +450,34 @@ def test_the_kth_magnitude_is_exact(kind, share):
         assert found.all_ties == (found.ties == int((values == found.magnitude).sum()))
 
 
+@pytest.mark.parametrize("kind", ["normal", "many ties", "drifting", "subnormal"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_the_kth_magnitude_is_exact_where_little_can_be_held(monkeypatch, kind, share):
+    from gratis.subjects import selection
+
+    monkeypatch.setattr(selection, "MOST_HELD", 2000)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(600_000, generator=generator).abs()
+    if kind == "many ties":
+        values = (values * 40).round()
+    elif kind == "drifting":
+        values *= torch.linspace(0.5, 2, len(values))
+    elif kind == "subnormal":
+        values *= 1e-40
+    keep = int(share * len(values))
+    parts, magnitudes = stream(values, 20_000)
+
+    def at_once(work, over):
+        return [work(part) for part in over]
+
+    ordered = values.sort(descending=True).values
+    for run in (map, at_once):
+        found = largest(parts, keep, magnitudes, run)
+        assert found.magnitude == float(ordered[keep - 1])
+        assert found.ties == keep - int((values > found.magnitude).sum())
+        assert found.all_ties == (found.ties == int((values == found.magnitude).sum()))
+
+
 def test_a_recipe_that_is_no_text(saved):
     (saved / "recipe.yaml").write_bytes(b"method: \xff\xfe")
     with pytest.raises(FileError, match="not UTF-8"):
