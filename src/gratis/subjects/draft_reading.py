@@ -145,8 +145,9 @@ class DraftReader:
         if len(every) == 1:
             alone: Tensor = every[0]
             return alone
-        given, other = every.log_softmax(-1)
-        given = given.clone()
+        both = every.log_softmax(-1)
+        given: Tensor = both[0].clone()
+        other = both[1]
         given[:guided] = other[:guided] + self._scale * (given[:guided] - other[:guided])
         return given
 

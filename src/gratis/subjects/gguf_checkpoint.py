@@ -269,7 +269,7 @@ def read_table(path: Path, sizes: Any, kinds: Any) -> tuple[dict[str, Any], dict
     if path.stat().st_size < 24:
         raise FileError(f"{path} is truncated or no GGUF file.")
     whole = np.memmap(path, mode="r", dtype=np.uint8)
-    source = _Bytes(path, memoryview(np.asarray(whole)))
+    source = _Bytes(path, memoryview(np.asarray(whole)))  # type: ignore[arg-type]
     if bytes(source.take(4)) != b"GGUF":
         raise FileError(f"{path} is no GGUF file.")
     version, tensors, entries = source.number("I"), source.number("Q"), source.number("Q")

@@ -208,7 +208,10 @@ def check_masked_diffusion(subject: Any, method: str) -> None:
 
 def mask_token(model: Any, tokenizer: Any = None) -> int | None:
     """The mask token of a model: from its configuration, an attribute, its tokenizer; None where nothing says it."""
-    for source in (getattr(model, "config", None), getattr(model, "generation_config", None), model, tokenizer):
+    sources: tuple[Any, ...] = (
+        getattr(model, "config", None), getattr(model, "generation_config", None), model, tokenizer,
+    )  # fmt: skip
+    for source in sources:
         found = getattr(source, "mask_token_id", None)
         if isinstance(found, int):
             return found
@@ -404,7 +407,8 @@ class _Group:
         outcome.row_passes += passes * len(going)
         # A place that took the mask token would still be masked.
         logits[..., shared.mask] = -torch.inf
-        return logits
+        masked: Tensor = logits
+        return masked
 
 
 def _all_of(criteria: Sequence[Any]) -> Any:

@@ -115,7 +115,7 @@ class _Watch:
         """What the call returns: tokens, or an output object where it asked for one."""
         if not self._setting("return_dict_in_generate", False):
             return self.sequences
-        from transformers.utils import ModelOutput
+        from transformers.utils.generic import ModelOutput
 
         return ModelOutput(sequences=self.sequences, history=None)
 

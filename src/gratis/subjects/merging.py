@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -815,11 +816,9 @@ def _plan(
     stretch: int,
 ) -> str:
     """What tells this merge from any other: method, parameters, layout, and the files it reads."""
-    import gratis
-
     files = [[str(file) for file in source.files] for source in inputs.all]
     parts = [
-        gratis.__version__, torch.__version__, repr(method), repr(list(rules)), repr(inputs.weights), str(dtype),
+        version("gratis"), torch.__version__, repr(method), repr(list(rules)), repr(inputs.weights), str(dtype),
         str(stretch), repr(inputs.vocabulary), repr(files), fingerprint([file for source in inputs.all for file in source.files]),
     ]  # fmt: skip
     return hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
