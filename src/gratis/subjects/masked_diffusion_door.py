@@ -215,7 +215,8 @@ def mask_token(model: Any, tokenizer: Any = None) -> int | None:
         found = getattr(source, "mask_token_id", None)
         if isinstance(found, int):
             return found
-    if tokenizer is None and getattr(model, "name_or_path", ""):
+    name = getattr(model, "name_or_path", "")
+    if tokenizer is None and name:
         from gratis.subjects.opening import tokenizer_of
 
         try:
