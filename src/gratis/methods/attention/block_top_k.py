@@ -20,6 +20,7 @@ from gratis.contract.errors import SubjectError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
 from gratis.subjects.attention_door import check_attention, install_attention, takes_masks
+from gratis.subjects.growing_cache import grow_in_place
 
 
 class BlockTopK(Attachable):
@@ -113,6 +114,7 @@ class BlockTopK(Attachable):
             return inner(module, query, *part, self._mask(mask, columns, query.shape[1], real), **kwargs)
 
         install_attention(subject, self.name, torch.compiler.disable(attend), scope)
+        grow_in_place(subject, scope)
 
         def report() -> dict[str, Any]:
             attended = counts["attended"] / counts["cached"] if counts["cached"] else 1.0
@@ -247,17 +249,30 @@ class _Scratch(threading.local):
     def picked(self, tensor: Tensor, columns: Tensor, part: str) -> Tensor:
         """Columns (batch, key heads, attended) of (batch, key heads, all, head_dim)."""
         batch, heads, length, dim = tensor.shape
-        if not tensor.is_contiguous() or (torch.is_grad_enabled() and tensor.requires_grad):
-            rows = torch.arange(batch, device=tensor.device)[:, None, None]
-            return tensor[rows, torch.arange(heads, device=tensor.device)[:, None], columns]
-        first = torch.arange(0, batch * heads * length, length, device=tensor.device).view(batch, heads, 1)
-        places = (columns + first).flatten()
+        rows = _row_strides(tensor)
+        if rows is None or (torch.is_grad_enabled() and tensor.requires_grad):
+            every = torch.arange(batch, device=tensor.device)[:, None, None]
+            return tensor[every, torch.arange(heads, device=tensor.device)[:, None], columns]
+        whole, step = rows
+        first = torch.arange(batch, device=tensor.device)[:, None] * whole
+        first = first + torch.arange(heads, device=tensor.device) * step
+        places = (columns + first[..., None]).flatten()
+        flat = tensor.as_strided(((batch - 1) * whole + (heads - 1) * step + length, dim), (dim, 1))
         key, size = (part, tensor.dtype, tensor.device), places.numel() * dim
         if key not in self.held or self.held[key].numel() < size:
             self.held[key] = tensor.new_empty(size + size // 4)
         out = self.held[key][:size].view(-1, dim)
-        torch.index_select(tensor.view(-1, dim), 0, places, out=out)
+        torch.index_select(flat, 0, places, out=out)
         return out.view(batch, heads, -1, dim)
+
+
+def _row_strides(tensor: Tensor) -> tuple[int, int] | None:
+    """Rows of head_dim numbers between batch entries, and between heads; None where rows do not lie side by side."""
+    dim = tensor.shape[-1]
+    batch, head, row, one = tensor.stride()
+    if one != 1 or row != dim or batch % dim or head % dim:
+        return None
+    return batch // dim, head // dim
 
 
 def _group_mean(query: Tensor, heads: int) -> Tensor:
