@@ -220,13 +220,13 @@ def test_a_target_that_is_the_model_itself_changes_no_greedy_text():
 def test_every_token_is_read_once_by_each_model():
     small, large, ids = lettered(0), lettered(1), tiny.prompt()
     read = {"small": [], "large": []}
-    for name, model in (("small", small), ("large", large)):
-        model.register_forward_hook(
-            lambda module, args, kwargs, out, name=name: read[name].append(kwargs["input_ids"].shape[1]),
-            with_kwargs=True,
-        )
     method = gratis.SpeculativeThinking(target=large, **TOKENS, **NO_WORDS, not_reasoning=True)
     with gratis.attach(small, method) as handle:
+        for name, model in (("small", small), ("large", large)):
+            model.register_forward_hook(
+                lambda module, args, kwargs, out, name=name: read[name].append(kwargs["input_ids"].shape[1]),
+                with_kwargs=True,
+            )
         out = generate(small, ids, do_sample=False)
     report = handle.report()["speculative-thinking"]
     assert {name: sum(counts) for name, counts in read.items()} == report["encoded"][0]

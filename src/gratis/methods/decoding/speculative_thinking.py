@@ -21,6 +21,7 @@ from gratis.contract.method import Decoding
 from gratis.contract.parameters import param
 from gratis.subjects.chat import Answer, Chat, ChatError, Format, Reply, Usage, read_answer, zero_shot
 from gratis.subjects.chat.formats import format_of
+from gratis.subjects.draft_reading import check_drops
 from gratis.subjects.generate_door import Choice, check_generates, install_choice, put
 from gratis.subjects.language import language_model
 from gratis.subjects.opening import open as open_subject
@@ -85,9 +86,7 @@ class SpeculativeThinking(Decoding):
         ),
     )  # fmt: skip
 
-    target: Any | None = param(
-        None, help="what takes over: a name for gratis.open, a model or a chat; None: the model itself"
-    )
+    target: Any | None = param(None, help="what takes over: a name for gratis.open, a model or a chat; None: the model itself")
     delimiters: tuple[str, ...] = param(("\n\n",), help="texts after which the target may take over")
     delimiter_tokens: tuple[int, ...] | None = param(None, help="token ids that are delimiters; need no tokenizer")
     affirmation: tuple[str, ...] = param(
@@ -171,6 +170,7 @@ class SpeculativeThinking(Decoding):
         else:
             check_generates(subject, "SpeculativeThinking")
             language_model(subject, "SpeculativeThinking")
+            check_drops(subject, "SpeculativeThinking")
             if self.reads_text:
                 check_delimiters(tokenizer_of(subject), self.delimiters, "SpeculativeThinking")
         target = self.target.subject if isinstance(self.target, Attachment) else self.target
@@ -181,6 +181,7 @@ class SpeculativeThinking(Decoding):
         else:
             check_generates(target, "The target of SpeculativeThinking")
             language_model(target, "The target of SpeculativeThinking")
+            check_drops(target, "The target of SpeculativeThinking")
             check_delimiters(tokenizer_of(target), self.delimiters, "The target of SpeculativeThinking")
 
     def install(self, subject: Any, scope: Scope) -> Any:
