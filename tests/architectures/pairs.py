@@ -74,6 +74,7 @@ def examine(model: Any, first: Entry, second: Entry, expected: torch.Tensor) -> 
 def main() -> None:
     """Examine all pairs and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="methods whose pairs are renewed, the others kept; all without any")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", type=Path, default=RESULTS)
     flags = parser.parse_args()
@@ -81,8 +82,14 @@ def main() -> None:
     model = gratis.open(flags.model)
     before, expected = tiny_language.snapshot(model), run(model)
     entries = language_methods()
-    cells: dict[str, dict[str, Any]] = {}
-    pairs = list(itertools.permutations(entries, 2))
+    known = json.loads(flags.out.read_text())["pairs"] if flags.names and flags.out.exists() else {}
+    names = {entry.name for entry in entries}
+    cells = {a: {b: cell for b, cell in row.items() if b in names} for a, row in known.items() if a in names}
+    pairs = [
+        (a, b)
+        for a, b in itertools.permutations(entries, 2)
+        if not flags.names or a.name in flags.names or b.name in flags.names
+    ]
     for first, second in track(pairs, description="pairs"):
         cells.setdefault(first.name, {})[second.name] = asdict(examine(model, first, second, expected))
     if tiny_language.snapshot(model) != before:

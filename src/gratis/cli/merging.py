@@ -21,6 +21,12 @@ def merge(
         list[Path] | None,
         typer.Option("--models", help="A further folder in which the recipe may name checkpoints."),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer", help="Of different vocabularies: error, base, union or intersect.  [default: the recipe's]"
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads to use.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the merge would take.")] = False,
@@ -43,9 +49,13 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Combine checkpoints as a recipe says, streamed from disk to disk: a plan before, a report after."""
+    from dataclasses import replace
+
     from gratis.subjects.merge_recipe import load_recipe
 
     read = load_recipe(recipe, models or ())
+    if tokenizer is not None:
+        read = replace(read, tokenizer=tokenizer)
     if search:
         _search(read, recipe, out, task, task_sets or (), trials, seed, journal, overwrite, as_json)
         return

@@ -20,8 +20,9 @@ from gratis.contract.errors import FileError, UnknownNameError, suggestion
 from gratis.contract.files import write_text
 from gratis.contract.method import Merge
 from gratis.subjects.merging import MergeProgress, MergeReport, Rule, merge
+from gratis.subjects.vocabularies import POLICIES
 
-KEYS = ("method", "parameters", "base", "experts", "rules", "dtype", "trials", "note")
+KEYS = ("method", "parameters", "base", "experts", "rules", "dtype", "tokenizer", "trials", "note")
 RULE_KEYS = ("tensors", "method", "parameters", "experts", "weights")
 MAXIMUM_BYTES = 4_000_000
 MOST_VALUES = 400_000
@@ -44,6 +45,8 @@ class MergeRecipe:
     note: str = ""
     written: Mapping[str, Any] = field(default_factory=dict)
     """How the file names base and experts, for writing it again."""
+    tokenizer: str = "error"
+    """What becomes of different vocabularies: "error", "base", "union" or "intersect"."""
 
     def run(
         self,
@@ -56,7 +59,7 @@ class MergeRecipe:
         """Merge into the new folder `out`. Raises what `gratis.merge` raises."""
         return merge(
             self.method, base=self.base, experts=self.experts, weights=self.weights, rules=self.rules, out=out,
-            dtype=self.dtype, overwrite=overwrite, threads=threads, progress=progress,
+            dtype=self.dtype, tokenizer=self.tokenizer, overwrite=overwrite, threads=threads, progress=progress,
         )  # fmt: skip
 
     def dump(self) -> str:
@@ -76,6 +79,8 @@ class MergeRecipe:
             content["rules"] = [_rule_lines(rule) for rule in self.rules]
         if self.dtype:
             content["dtype"] = self.dtype
+        if self.tokenizer != "error":
+            content["tokenizer"] = self.tokenizer
         if self.note:
             content["note"] = self.note
         if self.trials:
@@ -115,6 +120,12 @@ def load_recipe(path: str | os.PathLike[str], models: Sequence[str | os.PathLike
     dtype, note, trials = content.get("dtype"), content.get("note") or "", content.get("trials") or []
     if not isinstance(note, str) or not isinstance(trials, list) or not isinstance(dtype, str | None):
         raise FileError(f"The recipe {file}: dtype and note are texts, trials a list.")
+    tokenizer = content.get("tokenizer", "error")
+    if tokenizer not in POLICIES:
+        raise FileError(
+            f"The recipe {file}: tokenizer must be one of {', '.join(POLICIES)}, not {tokenizer!r}"
+            f"{suggestion(str(tokenizer), POLICIES)}."
+        )
     return MergeRecipe(
         method,
         tuple(locate(file, name, models) for name in named),
@@ -125,16 +136,23 @@ def load_recipe(path: str | os.PathLike[str], models: Sequence[str | os.PathLike
         tuple(trials),
         note,
         {"base": base, "experts": named},
+        tokenizer,
     )
 
 
 def locate(recipe: Path, name: str, models: Sequence[str | os.PathLike[str]] = ()) -> Path:
-    """The checkpoint that a recipe calls `name`. Raises FileError where it lies outside what the user named."""
+    """The checkpoint that a recipe calls `name`, of `MODEL+ADAPTER` both.
+
+    Raises FileError where one of them lies outside what the user named.
+    """
     folders = [recipe.parent, *(Path(folder).expanduser() for folder in models)]
     roots = [folder.resolve() for folder in folders]
     wanted = Path(name)
     candidates = [wanted] if wanted.is_absolute() else [folder / wanted for folder in folders]
     found = next((c for c in candidates if c.exists()), candidates[0])
+    if "+" in name and not found.exists():
+        model, _, adapter = name.rpartition("+")
+        return Path(f"{locate(recipe, model, models)}+{locate(recipe, adapter, models)}")
     resolved = found.resolve()
     if not any(resolved == root or root in resolved.parents for root in roots):
         raise FileError(

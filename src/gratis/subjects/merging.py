@@ -186,7 +186,7 @@ def merge(
     try:
         with _one_thread_per_operation():
             _run(inputs, method, rules, places, writer, stretch, threads or min(os.cpu_count() or 1, 4), progress)
-        _describe_folder(inputs, writer, method, dtype, rules)
+        _describe_folder(inputs, writer, method, dtype, rules, tokenizer)
         writer.finish()
     except Exception:
         writer.abandon()
@@ -198,6 +198,21 @@ def merge(
     floating = sum(p.dtype.is_floating_point for p in reference.places.values())
     read = sum(c.bytes for c in inputs.all)
     return MergeReport(target, len(places), floating, read, size, time.perf_counter() - began, resumed)
+
+
+def open_inputs(
+    method: Merge,
+    experts: Sequence[Any],
+    base: Any = None,
+    weights: Sequence[float] | None = None,
+    tokenizer: str = "error",
+) -> tuple[Any, list[Any]]:
+    """Base and experts as `merge` sees them: opened, checked against each other, rows of tokens in one order.
+
+    Raises what `merge` raises for checkpoints that cannot be read or do not fit together.
+    """
+    inputs = _Inputs.open(method, base, experts, weights, tokenizer)
+    return inputs.base, inputs.experts
 
 
 def merge_state_dicts(
@@ -234,12 +249,13 @@ def merge_into(
     base: Any = None,
     expert_weights: Sequence[float] | None = None,
     rules: Sequence[Rule] = (),
+    tokenizer: str = "error",
 ) -> list[str]:
     """Merge checkpoints or state dicts into tensors that exist, those of a live model. Buffers are left as they are.
 
     Returns the merged tensors that `weights` has no place for; where there are any, nothing was written.
     """
-    inputs = _Inputs.open(method, base, experts, expert_weights)
+    inputs = _Inputs.open(method, base, experts, expert_weights, tokenizer)
     places = {name: (place.dtype, place.shape) for name, place in inputs.reference.places.items()}
     floating = [name for name, (dtype, _) in places.items() if dtype.is_floating_point]
     missing = [name for name in floating if name not in weights or tuple(weights[name].shape) != places[name][1]]
@@ -794,7 +810,9 @@ def _check_output(out: Path, inputs: _Inputs, overwrite: bool) -> None:
         raise FileError(f"{out} exists already: choose another folder, or say overwrite.")
 
 
-def _describe_folder(inputs: _Inputs, writer: Writer, method: Merge, dtype: str | None, rules: Sequence[Rule]) -> None:
+def _describe_folder(
+    inputs: _Inputs, writer: Writer, method: Merge, dtype: str | None, rules: Sequence[Rule], tokenizer: str
+) -> None:
     folder = writer.folder
     carry(inputs.reference, folder)
     if inputs.vocabulary is not None:
@@ -804,6 +822,8 @@ def _describe_folder(inputs: _Inputs, writer: Writer, method: Merge, dtype: str 
     if method.describes is not None:
         describe(inputs.experts[method.describes], folder)
     recipe = recipe_of(method, inputs.base, inputs.experts, inputs.weights, dtype, rules)
+    if tokenizer != "error":
+        recipe["tokenizer"] = tokenizer
     write_card(folder, method, recipe)
     write_record(folder, recipe, writer.checksums())
 

@@ -27,7 +27,7 @@ from gratis.contract.files import write_text
 from gratis.contract.method import MergePart
 from gratis.subjects.checkpoints import Checkpoint
 from gratis.subjects.merge_recipe import MergeRecipe
-from gratis.subjects.merging import STRETCH, Portion, merge_state_dicts, portions
+from gratis.subjects.merging import STRETCH, Portion, merge_state_dicts, open_inputs, portions
 from gratis.trials.page import filled
 from gratis.trials.words import number
 
@@ -63,7 +63,7 @@ class MergePlan:
 
 def plan_merge(recipe: MergeRecipe, out: Path, threads: int | None = None) -> MergePlan:
     """Measure and estimate. Raises FileError where the disk is too small, InputError for inputs that do not fit."""
-    base, experts = _opened(recipe)
+    base, experts = open_inputs(recipe.method, recipe.experts, recipe.base, recipe.weights, recipe.tokenizer)
     reference = base or experts[0]
     everything = [*([base] if base is not None else []), *experts]
     wide = getattr(torch, recipe.dtype).itemsize if recipe.dtype else None
@@ -94,13 +94,6 @@ def plan_merge(recipe: MergeRecipe, out: Path, threads: int | None = None) -> Me
     )  # fmt: skip
 
 
-def _opened(recipe: MergeRecipe) -> tuple[Any, list[Any]]:
-    def source(given: Any) -> Any:
-        return given if hasattr(given, "places") else Checkpoint(given)
-
-    return source(recipe.base) if recipe.base is not None else None, [source(e) for e in recipe.experts]
-
-
 def _portions(recipe: MergeRecipe, reference: Any, experts: Sequence[Any]) -> tuple[Portion, ...]:
     names = [name for name, place in reference.places.items() if place.dtype.is_floating_point]
     return portions(recipe.method, recipe.rules, names, recipe.weights)
@@ -108,9 +101,7 @@ def _portions(recipe: MergeRecipe, reference: Any, experts: Sequence[Any]) -> tu
 
 def _read_speed(sources: Sequence[Any]) -> float:
     done, began = 0, time.perf_counter()
-    for file in dict.fromkeys(
-        place.file for source in sources for place in source.places.values() if hasattr(place, "file")
-    ):
+    for file in dict.fromkeys(file for source in sources for file in source.files):
         with open(file, "rb", buffering=0) as handle:
             while done < PROBE and (data := handle.read(8_000_000)):
                 done += len(data)
@@ -200,7 +191,7 @@ def merge_statistics(
     """Compare the merged checkpoint `out` with its inputs, tensor by tensor, on stretches of each."""
     began = time.perf_counter()
     tell = progress or (lambda fraction, words: None)
-    base, experts = _opened(recipe)
+    base, experts = open_inputs(recipe.method, recipe.experts, recipe.base, recipe.weights, recipe.tokenizer)
     merged = Checkpoint(out)
     reference = base or experts[0]
     made, read = [], 0

@@ -273,6 +273,10 @@ class _Live:
         if subject is None:
             if hasattr(source, "places"):
                 raise InputError("A recipe of slices cannot be searched: merge it first.")
+            if not Path(source).exists() or Path(source).suffix == ".gguf":
+                raise InputError(
+                    f"A search puts merges into a live model, which {source} is not: name a model's folder as base."
+                )
             subject = open_subject(str(Path(source).absolute()))
         self.model = subject
         task.check(subject)
@@ -290,7 +294,9 @@ class _Live:
 
 
 def _into(recipe: MergeRecipe, weights: Mapping[str, torch.Tensor]) -> None:
-    missing = merge_into(weights, recipe.method, recipe.experts, recipe.base, recipe.weights)
+    missing = merge_into(
+        weights, recipe.method, recipe.experts, recipe.base, recipe.weights, tokenizer=recipe.tokenizer
+    )
     if missing:
         raise SubjectError(
             f"The model has no weight called {missing[0]!r} as its checkpoint does, so merges cannot be put into it."

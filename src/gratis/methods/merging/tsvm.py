@@ -41,7 +41,7 @@ class TSVM(Merge):
         limits="Average near copies first. A matrix of less rank than there are experts is merged by the mean.",
         claims=(
             Claim(
-                name="three experts that all changed the same directions: no gain over their average",
+                name="three fine-tunes for three ways of showing digits: no gain over their average",
                 task="digits-merging",
                 metric="accuracy",
                 compare="difference",
