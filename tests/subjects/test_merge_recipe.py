@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import gratis
 from gratis.contract.errors import FileError, GratisWarning, InputError
 from gratis.subjects.merge_recipe import load_recipe
-from gratis.subjects.merging import Rule, merge_recipe, merge_state_dicts
+from gratis.subjects.merging import Rule, merge, merge_recipe, merge_state_dicts
 
 LAYERS = 4
 
@@ -189,13 +189,32 @@ merge_method: passthrough
     ("text", "message"),
     [
         ("merge_method: tise\nmodels: [{model: ft0}]", "'tise' has no counterpart; did you mean 'ties'"),
-        ("merge_method: linear\nmodels: [{model: ft0}]\ntokenizer: {}", "'tokenizer' is not supported"),
-        ("merge_method: linear\nmodels: [{model: ft0}]\ntokenizer_source: union", "tokenizer_source 'union'"),
+        ("merge_method: linear\nmodels: [{model: ft0}]\ntokenizer: {tokens: {}}", "'tokens' of tokenizer is not"),
+        ("merge_method: linear\nmodels: [{model: ft0}]\ntokenizer_source: ft1", "base or union, not 'ft1'"),
+        ("merge_method: linear\nmodels: [{model: ft0}]\ntokenizer: {source: [a]}", "base or union, not"),
+        ("merge_method: linear\nmodels: [{model: ft0}]\ntokenizer_source: base\ntokenizer: {source: base}", "twice"),
+        ("method: average\nexperts: [ft0, ft1]\ntokenizer: onion", "not 'onion'; did you mean 'union'"),
+        (
+            "merge_method: della\nbase_model: base\nmodels: [{model: ft0}]\nparameters: {weight: 1, density: 0.9}",
+            "spread",
+        ),
+        (
+            "merge_method: breadcrumbs\nbase_model: base\nmodels: [{model: ft0}]\nparameters: {weight: 1, rescale: true}",
+            "rescale: true is not supported",
+        ),
+        ("merge_method: sce\nmodels: [{model: ft0}]", "sce needs a base_model"),
+        ("merge_method: ram\nbase_model: base\nmodels: [{model: ft0}]\nparameters: {epsilon: 1}", "1e-5 here"),
+        (
+            "merge_method: arcee_fusion\nbase_model: base\nmodels: [{model: ft0}, {model: ft1}]",
+            "arcee_fusion needs two",
+        ),
+        ("merge_method: multislerp\nbase_model: base\nmodels: [{model: ft0}]", "leave base_model out"),
         ("merge_method: linear\nmodels: [{model: ft0}]\nchat_template: x", "'chat_template' is not supported"),
         ("merge_method: linear\nmodels: [{model: ft0}]\nparametres: {}", "did you mean 'parameters'"),
         ("merge_method: linear\nmodels: [{model: ft0}]", "linear needs weight|needs weight"),
         ("merge_method: linear\nmodels: [{model: ft0, wieght: 3}]", "unknown key 'wieght'"),
-        ("merge_method: linear\nmodels: [{model: ft0+lora}]", "adapters and revisions"),
+        ("merge_method: linear\nmodels: [{model: ft0@main}]", "revisions are not read"),
+        ("merge_method: linear\nmodels: [{model: ft0+lora}]", "There is no checkpoint"),
         ("merge_method: linear\nmodules: {}", "'modules' is not supported"),
         ("merge_method: ties\nmodels: [{model: ft0, parameters: {weight: 1}}]", "needs a base_model"),
         ("merge_method: slerp\nbase_model: base\nmodels: [{model: ft0}]\nparameters: {t: 0.5}", "slerp needs two"),
@@ -260,3 +279,180 @@ def test_rules_that_name_experts_that_are_not_there(folder, rule):
     with pytest.raises(InputError, match="A rule names experts"):
         merged(folder, f"method: average\nexperts: [ft0, ft1]\nrules: [{rule}]\n")
     assert not (folder / "out").exists()
+
+
+PARAMETERS = """
+merge_method: %s
+base_model: base
+models:
+- {model: base}
+- {model: ft0, parameters: {weight: 0.7, density: 0.6, gamma: 0.1, epsilon: 0.2}}
+- {model: ft1, parameters: {weight: 0.2, density: 0.5}}
+parameters: {lambda: 0.8, normalize: %s}
+"""
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("name", "kind", "first", "second", "signs"),
+    [
+        ("breadcrumbs", gratis.Breadcrumbs, {"outliers": 0.1}, {"outliers": 0.01}, False),
+        ("breadcrumbs_ties", gratis.BreadcrumbsTIES, {"outliers": 0.1}, {"outliers": 0.01}, True),
+        ("della", gratis.DELLA, {"spread": 0.2}, {"spread": 0.15}, True),
+        ("della_linear", gratis.DELLALinear, {"spread": 0.2}, {"spread": 0.15}, False),
+    ],
+)
+def test_sparsified_task_vectors_have_the_parameters_of_each_model(folder, name, kind, first, second, signs, normalize):
+    (folder / "recipe.yaml").write_text(PARAMETERS % (name, str(normalize).lower()))
+    recipe = load_recipe(folder / "recipe.yaml")
+    shared = {"scale": 0.8}
+    if signs:
+        shared["divisor"] = "weight" if normalize else "none"
+    each = (kind(density=0.6, **first, **shared), kind(density=0.5, **second, **shared))
+    total = 0.9 if normalize and not signs else 1.0
+    (rule,) = recipe.rules
+    assert rule.each == each
+    assert rule.weights == pytest.approx((0.7 / total, 0.2 / total))
+    assert recipe.base == folder / "base"
+    recipe.run(folder / "out")
+    base, *experts = (tensors(folder, model) for model in ("base", "ft0", "ft1"))
+    expected = merge_state_dicts(each[0], experts, base, rule.weights, rules=[Rule(("*",), each[0], each=each)])
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors(folder, "out").items())
+
+
+def test_the_share_that_is_kept_comes_before_the_share_of_outliers(folder):
+    text = "merge_method: breadcrumbs\nbase_model: base\nmodels: [{model: ft0}]\n"
+    (folder / "recipe.yaml").write_text(text + "parameters: {weight: 1, density: 0.9, gamma: 0.3}\n")
+    assert load_recipe(folder / "recipe.yaml").method.outliers == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "models", "needs_base"),
+    [
+        ("sce\nbase_model: base\nparameters: {select_topk: 0.3}", gratis.SCE(density=0.3), "ft0 ft1", True),
+        ("ram\nbase_model: base", gratis.RAM(), "ft0 ft1", True),
+        ("arcee_fusion\nbase_model: base", gratis.ArceeFusion(), "ft0", True),
+        (
+            "karcher\nparameters: {max_iter: 4, tol: 1e-3}",
+            gratis.Karcher(iterations=4, tolerance=1e-3),
+            "ft0 ft1",
+            False,
+        ),
+        ("multislerp\nparameters: {weight: 2}", gratis.MultiSLERP(), "ft0 ft1", False),
+    ],
+)
+def test_methods_without_weights_or_on_the_sphere(folder, text, method, models, needs_base):
+    listed = "".join(f"- {{model: {name}}}\n" for name in [*(["base"] if needs_base else []), *models.split()])
+    (folder / "recipe.yaml").write_text(f"merge_method: {text}\nmodels:\n{listed}")
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert recipe.method == method
+    recipe.run(folder / "out")
+    experts = [tensors(folder, name) for name in models.split()]
+    expected = merge_state_dicts(method, experts, tensors(folder, "base") if needs_base else None)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(folder, "out").items())
+
+
+def with_tokenizer(folder, name, tokens):
+    """Give a model a tokenizer with these tokens, in this order."""
+    content = {"model": {"type": "WordLevel", "unk_token": tokens[0], "vocab": {t: n for n, t in enumerate(tokens)}}}
+    content |= {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
+    content |= {"truncation": None, "padding": None, "post_processor": None}
+    (folder / name / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((folder / name / "config.json").read_text())
+    (folder / name / "config.json").write_text(json.dumps({**config, "vocab_size": 6}))
+    given = load_file(folder / name / "model.safetensors")
+    for key in [key for key in given if "layers" in key]:
+        given[key] = given[key][:4].contiguous()
+    save_file(given, folder / name / "model.safetensors")
+
+
+@pytest.mark.parametrize("policy", ["base", "union", "intersect"])
+def test_a_recipe_says_what_becomes_of_different_vocabularies(folder, policy):
+    with_tokenizer(folder, "ft0", list("abcdef"))
+    with_tokenizer(folder, "ft1", list("gedcba"))
+    (folder / "recipe.yaml").write_text("method: average\nexperts: [ft0, ft1]\n")
+    with pytest.raises(InputError, match="different tokenizers"):
+        load_recipe(folder / "recipe.yaml").run(folder / "out")
+    (folder / "recipe.yaml").write_text(f"method: average\nexperts: [ft0, ft1]\ntokenizer: {policy}\n")
+    recipe = load_recipe(folder / "recipe.yaml")
+    recipe.save(folder / "again.yaml")
+    assert load_recipe(folder / "again.yaml").tokenizer == policy
+    recipe.run(folder / "out")
+    merge(gratis.Average(), experts=[folder / "ft0", folder / "ft1"], out=folder / "direct", tokenizer=policy)
+    direct = tensors(folder, "direct")
+    assert all(torch.equal(tensor, direct[name]) for name, tensor in tensors(folder, "out").items())
+    rows = {"base": 6, "union": 7, "intersect": 5}[policy]
+    assert len(direct["lm_head.weight"]) == rows
+    assert json.loads((folder / "out" / "merge.json").read_text())["recipe"]["tokenizer"] == policy
+
+
+@pytest.mark.parametrize(
+    ("said", "policy"),
+    [
+        ("tokenizer_source: union", "union"),
+        ("tokenizer: {source: union}", "union"),
+        ("tokenizer_source: base", "base"),
+        ("tokenizer: {source: ft0}", "base"),
+        ("tokenizer: {}", "error"),
+        ("tokenizer_source:", "error"),
+    ],
+)
+def test_mergekit_s_tokenizer_is_a_policy(folder, said, policy):
+    text = "merge_method: linear\nbase_model: ft0\nmodels: [{model: ft0}, {model: ft1}]\nparameters: {weight: 1}\n"
+    (folder / "recipe.yaml").write_text(text + said)
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert recipe.tokenizer == policy
+    assert (recipe.base is not None) == (policy != "error")
+
+
+def add_adapter(folder, name):
+    """A LoRA adapter of the fixture's models; returns what it adds to the first query projection."""
+    (folder / name).mkdir()
+    generator = torch.Generator().manual_seed(len(name))
+    down, up = torch.randn(2, 5, generator=generator), torch.randn(6, 2, generator=generator)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, folder / name / "adapter_model.safetensors"
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (folder / name / "adapter_config.json").write_text(json.dumps(settings))
+    return 2 * up @ down
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "method: average\nexperts: [ft0+lora, ft1]\n",
+        "merge_method: linear\nmodels: [{model: ft0+lora}, {model: ft1}]\nparameters: {weight: 1}\n",
+    ],
+)
+def test_an_adapter_belongs_to_the_model_before_it(folder, text):
+    added = add_adapter(folder, "lora")
+    got = merged(folder, text)
+    one, two = tensors(folder, "ft0"), tensors(folder, "ft1")
+    for name, tensor in got.items():
+        change = added if name == "model.layers.0.self_attn.q_proj.weight" else 0
+        torch.testing.assert_close(tensor, (one[name] + change + two[name]) / 2, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "method: average\nbase: base\nexperts: [lora, ft1]\n",
+        "merge_method: linear\nbase_model: base\nmodels: [{model: lora}, {model: ft1}]\nparameters: {weight: 1}\n",
+    ],
+)
+def test_an_adapter_alone_belongs_to_the_base(folder, text):
+    added = add_adapter(folder, "lora")
+    got = merged(folder, text)
+    base, two = tensors(folder, "base"), tensors(folder, "ft1")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(got[name], (base[name] + added + two[name]) / 2, rtol=0, atol=1e-5)
+
+
+def test_neither_part_of_an_adapter_s_name_leads_out(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    add_adapter(elsewhere, "lora")
+    (folder / "recipe.yaml").write_text(f"method: average\nexperts: [ft0+../{elsewhere.name}/lora, ft1]\n")
+    with pytest.raises(FileError, match="outside its folder"):
+        load_recipe(folder / "recipe.yaml")

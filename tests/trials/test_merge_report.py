@@ -136,3 +136,37 @@ def test_the_map_has_a_cell_per_layer_and_kind(folder):
     drawn = heat_map(list(found.values()), lambda t: t.cosine, 0.0, 1.0)
     assert drawn.count("<title>") == 3
     assert "layers.*.w" in drawn
+
+
+def test_adapters_are_planned_and_reported_as_they_are_merged(folder):
+    (folder / "lora").mkdir()
+    down, up = torch.ones(1, 64), torch.zeros(64, 1)
+    up[:16] = 3
+    module = "base_model.model.layers.1"
+    (folder / "base" / "model.safetensors").unlink()
+    save_file({f"layers.{n}.weight": torch.zeros(64, 64) for n in range(2)}, folder / "base" / "model.safetensors")
+    save_file(
+        {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, folder / "lora" / "adapter_model.safetensors"
+    )
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    for expert in ("lora", "base+lora"):
+        text = f"method: task-arithmetic\nparameters: {{scale: 1}}\nbase: base\nexperts: [{expert}]\n"
+        recipe, found = merged(folder, text)
+        assert plan_merge(recipe, folder / "other").bytes_written == 2 * 64 * 64 * 4
+        assert found["layers.0.weight"].size == 0
+        assert found["layers.1.weight"].sizes == pytest.approx((1.5,))
+        assert found["layers.1.weight"].size == pytest.approx(1.5)
+
+
+def test_rows_of_tokens_are_compared_in_one_order(folder):
+    for name, order in (("one", "ab"), ("two", "ba")):
+        vocabulary = {token: number for number, token in enumerate(order)}
+        content = {"model": {"type": "WordLevel", "unk_token": "a", "vocab": vocabulary}, "added_tokens": []}
+        (folder / name / "tokenizer.json").write_text(json.dumps(content))
+        (folder / name / "config.json").write_text(json.dumps({"vocab_size": 2}))
+        rows = torch.tensor([[1.0, 2.0] if token == "a" else [3.0, -4.0] for token in order])
+        save_file({"embed.weight": rows}, folder / name / "model.safetensors")
+    recipe, found = merged(folder, "method: average\nexperts: [one, two]\ntokenizer: base\n")
+    assert found["embed.weight"].sizes == (0, 0)
+    assert plan_merge(recipe, folder / "other").bytes_written == 16

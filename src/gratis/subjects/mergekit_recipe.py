@@ -17,16 +17,18 @@ from torch import Tensor
 
 from gratis.contract.errors import FileError, GratisError, suggestion
 from gratis.contract.method import Merge
-from gratis.subjects.checkpoints import Checkpoint
+from gratis.subjects.adapters import is_adapter
+from gratis.subjects.checkpoints import TensorSource
 from gratis.subjects.merge_recipe import MergeRecipe, merge_method
 from gratis.subjects.merging import Rule
+from gratis.subjects.opening_checkpoints import open_checkpoint
 
 KEYS = (
-    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "name",
+    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "name", "tokenizer",
+    "tokenizer_source",
 )  # fmt: skip
 UNSUPPORTED = {
     "modules": "merge each module's checkpoint with a recipe of its own",
-    "tokenizer": "name the tokenizer by tokenizer_source: base",
     "chat_template": "the base's chat template is carried over",
     "residual_weight": "scale the tensors of a slice by filters instead",
 }
@@ -46,37 +48,33 @@ def from_mergekit(file: Path, content: Mapping[str, Any], locate: Callable[[str]
     if name not in METHODS:
         raise FileError(f"The recipe {file}: merge_method {name!r} has no counterpart{suggestion(str(name), METHODS)}.")
     slices = _slices(file, content)
-    opened: dict[str, Checkpoint] = {}
+    opened: dict[str, TensorSource] = {}
+    located: dict[str, Path] = {}
 
-    def checkpoint(model: Any) -> Checkpoint:
-        if not isinstance(model, str) or "+" in model or "@" in model:
-            raise FileError(
-                f"The recipe {file}: model {model!r} must be a folder; adapters and revisions are not read."
-            )
+    def checkpoint(model: Any, base: str | None = None) -> None:
+        if not isinstance(model, str) or "@" in model:
+            raise FileError(f"The recipe {file}: model {model!r} must be a folder or file; revisions are not read.")
         if model not in opened:
-            opened[model] = Checkpoint(locate(model))
-        return opened[model]
+            located[model] = locate(model)
+            opened[model] = open_checkpoint(located[model], opened[base] if base is not None else None)
 
     for part in slices:
-        for source in part.sources:
-            checkpoint(source.model)
         if part.base is not None:
             checkpoint(part.base)
+        for source in part.sources:
+            checkpoint(source.model, part.base)
     counts = {model: _layer_count(found) for model, found in opened.items()}
     slices = [part.with_ranges(file, counts) for part in slices]
     prefix = _layer_prefix(next(iter(opened.values())))
-    reader = _Reader(file, name, content.get("parameters") or {}, slices, prefix, opened)
-    return reader.recipe(_dtype(file, content))
+    reader = _Reader(file, name, content.get("parameters") or {}, slices, prefix, opened, located)
+    return reader.recipe(_dtype(file, content), _tokenizer(file, content))
 
 
 def _check_keys(file: Path, content: Mapping[str, Any]) -> None:
     for key in content:
         if key in UNSUPPORTED:
             raise FileError(f"The recipe {file}: the key {key!r} is not supported: {UNSUPPORTED[key]}.")
-        if key == "tokenizer_source":
-            if content[key] not in (None, "base"):
-                raise FileError(f"The recipe {file}: tokenizer_source {content[key]!r} is not supported, only base is.")
-        elif key not in KEYS:
+        if key not in KEYS:
             raise FileError(f"The recipe {file} has an unknown key {key!r}{suggestion(str(key), KEYS)}.")
     if bool(content.get("models")) == bool(content.get("slices")):
         raise FileError(f"The recipe {file} must have either models or slices.")
@@ -168,7 +166,29 @@ def _dtype(file: Path, content: Mapping[str, Any]) -> str | None:
     return content.get("out_dtype") or content.get("dtype")
 
 
-def _layer_count(checkpoint: Checkpoint) -> int:
+def _tokenizer(file: Path, content: Mapping[str, Any]) -> str:
+    """The policy for vocabularies that tokenizer_source, or source of the tokenizer, asks for."""
+    table = content.get("tokenizer") or {}
+    if not isinstance(table, dict):
+        raise FileError(f"The recipe {file}: tokenizer must be a table with source.")
+    for key in table:
+        if key != "source":
+            raise FileError(f"The recipe {file}: {key!r} of tokenizer is not supported, only source is.")
+    named = [value for value in (content.get("tokenizer_source"), table.get("source")) if value is not None]
+    if len(named) > 1:
+        raise FileError(f"The recipe {file} names its tokenizer twice: leave out tokenizer_source.")
+    if not named:
+        return "error"
+    if named[0] in ("base", content.get("base_model")):
+        return "base"
+    if named[0] == "union":
+        return "union"
+    raise FileError(
+        f"The recipe {file}: the tokenizer must be base or union, not {named[0]!r}; that of another model is not taken."
+    )
+
+
+def _layer_count(checkpoint: TensorSource) -> int:
     config = checkpoint.config()
     for holder in (config, config.get("text_config") or {}):
         for key in LAYERS:
@@ -178,7 +198,7 @@ def _layer_count(checkpoint: Checkpoint) -> int:
     return len({_split(name, prefix)[0] for name in checkpoint.places} - {None})
 
 
-def _layer_prefix(checkpoint: Checkpoint) -> str:
+def _layer_prefix(checkpoint: TensorSource) -> str:
     """What precedes the layer's number in tensor names: of several stacks the one that holds most tensors."""
     counts: dict[str, int] = {}
     for name in checkpoint.places:
@@ -199,13 +219,13 @@ def _split(name: str, prefix: str) -> tuple[int | None, str]:
 class Stacked:
     """A checkpoint whose layers are taken from others: what slices make. Tensors are read where they are."""
 
-    def __init__(self, first: Checkpoint, where: Mapping[str, tuple[Checkpoint, str]], layers: int) -> None:
+    def __init__(self, first: TensorSource, where: Mapping[str, tuple[TensorSource, str]], layers: int) -> None:
         self._first, self._where, self._layers = first, where, layers
         self.path = first.path
         self.folder = first.folder
         self.places = {name: checkpoint.places[own] for name, (checkpoint, own) in where.items()}
-        self.bytes = sum(place.bytes for place in self.places.values())
-        self.files = sorted({place.file for place in self.places.values()})
+        self.bytes = sum(place.elements * place.dtype.itemsize for place in self.places.values())
+        self.files = sorted({file for checkpoint, _ in where.values() for file in checkpoint.files})
 
     def view(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
         """(count,) elements of tensor `name` from flat index `start` on."""
@@ -239,9 +259,10 @@ class _Reader:
     settings: Settings
     slices: Sequence[_Slice]
     prefix: str
-    opened: Mapping[str, Checkpoint]
+    opened: Mapping[str, TensorSource]
+    located: Mapping[str, Path]
 
-    def recipe(self, dtype: str | None) -> MergeRecipe:
+    def recipe(self, dtype: str | None, tokenizer: str) -> MergeRecipe:
         positions = max(len(part.sources) for part in self.slices)
         tensors = self._tensors()
         grouped: dict[tuple[Merge, tuple[float, ...], tuple[int, ...], tuple[Merge, ...]], list[str]] = {}
@@ -255,8 +276,8 @@ class _Reader:
         used = sorted({place for _, _, chosen, _ in grouped for place in chosen})
         moved = {place: number for number, place in enumerate(used)}
         if plain:
-            experts: list[Any] = [self.opened[first.sources[place].model].path for place in used]
-            base: Any = self.opened[first.base].path if first.base is not None else None
+            experts: list[Any] = [self.located[first.sources[place].model] for place in used]
+            base: Any = self.located[first.base] if first.base is not None else None
         else:
             experts = [self._stacked(tensors, place) for place in used if place < positions]
             base = self._stacked(tensors, None) if first.base is not None else None
@@ -269,12 +290,15 @@ class _Reader:
             )
         elif len(chosen) != len(used):
             rules = (Rule(("*",), method, weights, tuple(moved[place] for place in chosen)),)
-        needs_base = any(own.needs_base for own, *_ in grouped)
+        # An adapter is read on its base, and vocabularies are compared with that of the base.
+        needs_base = any(own.needs_base for own, *_ in grouped) or tokenizer != "error"
+        needs_base = needs_base or any(isinstance(expert, Path) and is_adapter(expert) for expert in experts)
         whole = weights if len(weights) == len(used) else (1.0,) * len(used)
         written = {"base": first.base if needs_base else None, "experts": [first.sources[p].model for p in used]}
         return MergeRecipe(
-            method, tuple(experts), whole, base if needs_base else None, rules, dtype, written=written if plain else {}
-        )
+            method, tuple(experts), whole, base if needs_base else None, rules, dtype,
+            written=written if plain else {}, tokenizer=tokenizer,
+        )  # fmt: skip
 
     def _tensors(self) -> dict[str, tuple[_Slice, int | None, str]]:
         """By name in the result: the slice, the layer within it (None outside layers), and the rest of the name."""
@@ -319,6 +343,10 @@ class _Reader:
             where[name] = (checkpoint, own)
         layers = sum(part.length for part in self.slices)
         first = next(iter(where.values()))[0]
+        if hasattr(first, "write_description"):
+            raise FileError(
+                f"The recipe {self.file}: layers of {first.path} cannot be stacked; merge it by itself first."
+            )
         return Stacked(first, where, layers)
 
     def _combination(
@@ -436,9 +464,11 @@ def _task_vectors(name: str, normalized: bool, density: bool, divided: bool) -> 
         weights = tuple(ask.setting("weight", REQUIRED, place) for place in places)
         ask.setting("int8_mask", False)
         normalize, scale = ask.setting("normalize", normalized), ask.setting("lambda", 1.0)
-        if density and name.startswith("dare") and not ask.setting("rescale", True):
+        dropped = name.startswith(("dare", "della"))
+        if density and ask.setting("rescale", dropped) != dropped:
             raise FileError(
-                f"The recipe {ask.file}: rescale: false is not supported, dropping without rescaling is biased."
+                f"The recipe {ask.file}: rescale: {str(not dropped).lower()} is not supported; what is dropped at random "
+                "is rescaled, which is unbiased, and nothing else is."
             )
         parameters: dict[str, Any] = {"scale": scale}
         if name == "ties":
@@ -457,13 +487,24 @@ def _task_vectors(name: str, normalized: bool, density: bool, divided: bool) -> 
         own = OURS[name]
         if not densities:
             return ask.made(own, **parameters), weights, tuple(places), ()
-        each = tuple(ask.made(own, density=value, **parameters) for value in densities)
+        ends: list[dict[str, Any]] = [{} for _ in places]
+        if name.startswith("breadcrumbs"):
+            # The share that is kept comes before the share of outliers.
+            gammas = [ask.setting("gamma", 0.01, place) for place in places]
+            ends = [{"outliers": min(g, 1 - d)} for g, d in zip(gammas, densities, strict=True)]
+        elif name.startswith("della"):
+            ends = [{"spread": ask.setting("epsilon", 0.15, place)} for place in places]
+        each = tuple(ask.made(own, density=d, **end, **parameters) for d, end in zip(densities, ends, strict=True))
         return each[0], weights, tuple(places), each if len(set(each)) > 1 else ()
 
     return combination
 
 
-OURS = {"task_arithmetic": "task-arithmetic", "ties": "ties", "dare_ties": "dare-ties", "dare_linear": "dare"}
+OURS = {
+    "task_arithmetic": "task-arithmetic", "ties": "ties", "dare_ties": "dare-ties", "dare_linear": "dare",
+    "breadcrumbs": "breadcrumbs", "breadcrumbs_ties": "breadcrumbs-ties", "della": "della",
+    "della_linear": "della-linear",
+}  # fmt: skip
 
 
 def _slerp(ask: _Question) -> Combination:
@@ -498,6 +539,50 @@ def _nuslerp(ask: _Question) -> Combination:
     return ask.made("slerp", t=t), (1.0, 1.0), tuple(places), ()
 
 
+def _of_all(name: str, ours: str, keys: Mapping[str, tuple[str, float]]) -> Callable[[_Question], Combination]:
+    """Methods of task vectors without weights; `keys` are mergekit's, each with our name and its default."""
+
+    def combination(ask: _Question) -> Combination:
+        ask.need_base(name)
+        places = tuple(ask.others)
+        if not places:
+            raise FileError(f"The recipe {ask.file}: {name} needs models besides base_model.")
+        ask.setting("int8_mask", False)
+        parameters = {own: ask.setting(key, default) for key, (own, default) in keys.items()}
+        return ask.made(ours, **parameters), (1.0,) * len(places), places, ()
+
+    return combination
+
+
+def _ram(ask: _Question) -> Combination:
+    if ask.setting("epsilon", 1e-5) != 1e-5:
+        raise FileError(f"The recipe {ask.file}: epsilon of ram is 1e-5 here, which cannot be changed.")
+    return _of_all("ram", "ram", {})(ask)
+
+
+def _arcee_fusion(ask: _Question) -> Combination:
+    ask.need_base("arcee_fusion")
+    if len(ask.others) != 1:
+        raise FileError(f"The recipe {ask.file}: arcee_fusion needs two models, of which base_model is one.")
+    return ask.made("arcee-fusion"), (1.0,), tuple(ask.others), ()
+
+
+def _multislerp(ask: _Question) -> Combination:
+    if ask.part.base is not None:
+        raise FileError(f"The recipe {ask.file}: multislerp with a base_model is not supported; leave base_model out.")
+    if not ask.setting("normalize_weights", True):
+        raise FileError(f"The recipe {ask.file}: normalize_weights: false is not supported.")
+    places = tuple(ask.others)
+    ask.setting("eps", 1e-8)
+    return ask.made("multi-slerp"), tuple(ask.setting("weight", REQUIRED, p) for p in places), places, ()
+
+
+def _karcher(ask: _Question) -> Combination:
+    places = tuple(range(len(ask.part.sources)))
+    parameters = {"iterations": int(ask.setting("max_iter", 10.0)), "tolerance": ask.setting("tol", 1e-5)}
+    return ask.made("karcher", **parameters), (1.0,) * len(places), places, ()
+
+
 def _model_stock(ask: _Question) -> Combination:
     ask.need_base("model_stock")
     if ask.setting("filter_wise", False):
@@ -521,6 +606,15 @@ METHODS: dict[str, Callable[[_Question], Combination]] = {
     "ties": _task_vectors("ties", True, True, True),
     "dare_ties": _task_vectors("dare_ties", False, True, True),
     "dare_linear": _task_vectors("dare_linear", False, True, False),
+    "breadcrumbs": _task_vectors("breadcrumbs", False, True, False),
+    "breadcrumbs_ties": _task_vectors("breadcrumbs_ties", False, True, True),
+    "della": _task_vectors("della", True, True, True),
+    "della_linear": _task_vectors("della_linear", False, True, False),
+    "sce": _of_all("sce", "sce", {"select_topk": ("density", 1.0)}),
+    "ram": _ram,
+    "arcee_fusion": _arcee_fusion,
+    "multislerp": _multislerp,
+    "karcher": _karcher,
     "slerp": _slerp,
     "nuslerp": _nuslerp,
     "nearswap": _near_swap,

@@ -67,7 +67,9 @@ class SearchResult:
         def moved(name: str | None, opened: Any) -> str | None:
             if name is None or Path(name).is_absolute() or old == new:
                 return name
-            return os.path.relpath(Path(opened).resolve(), new)
+            # Of MODEL+ADAPTER both.
+            parts = [str(opened)] if Path(opened).exists() else str(opened).rsplit("+", 1)
+            return "+".join(os.path.relpath(Path(part).resolve(), new) for part in parts)
 
         written = {
             "base": moved(self.recipe.written.get("base"), self.recipe.base),

@@ -5,6 +5,8 @@ M. Davari and E. Belilovsky, "Model Breadcrumbs", ECCV 2024, with P. Yadav et al
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from gratis.contract.card import Card, Claim
@@ -45,6 +47,9 @@ class BreadcrumbsTIES(Merge):
     outliers: float = param(
         0.01, at_least=0, below=1, help="share of the largest entries that is dropped (gamma)", search=(0.0, 0.05)
     )
+    divisor: Literal["count", "weight", "none"] = param(
+        "count", help="average over the number of experts that agree, over the sum of their weights, or add them up"
+    )
     scale: float = param(1.0, at_least=0, help="factor of the merged change (lambda)", search=(0.3, 2.0))
 
     def check_parameters(self) -> None:
@@ -55,4 +60,4 @@ class BreadcrumbsTIES(Merge):
 
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
         without_ends(experts, part)
-        return elect_and_average(experts, part, "count", "positive").mul_(self.scale)
+        return elect_and_average(experts, part, self.divisor, "positive").mul_(self.scale)

@@ -56,6 +56,9 @@ class DELLA(Merge):
     spread: float = param(
         0.07, at_least=0, below=0.5, help="the row's largest is kept with d + spread, its smallest with d - spread (e)"
     )
+    divisor: Literal["count", "weight", "none"] = param(
+        "count", help="average over the number of experts that agree, over the sum of their weights, or add them up"
+    )
     scale: float = param(1.1, at_least=0, help="factor of the merged task vector (lambda)", search=(0.3, 2.0))
     seed: int = param(0, at_least=0, help="seed of the random choice")
 
@@ -68,7 +71,7 @@ class DELLA(Merge):
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
         for number, delta in enumerate(experts):
             sample(delta, self.density, self.spread, self.seed, number, part)
-        return elect_and_average(experts, part, "count", "positive").mul_(self.scale)
+        return elect_and_average(experts, part, self.divisor, "positive").mul_(self.scale)
 
 
 def check_spread(owner: str, density: float, spread: float) -> None:
