@@ -39,6 +39,10 @@ class Reached:
     """Query heads."""
     local: bool
     """Whether it sees a window or chunk of the text only."""
+    arguments: frozenset[str] = frozenset()
+    """Names of what the model passes beside query, key, value and mask, and is not None: `scaling`, `s_aux`, …."""
+    biased: bool = False
+    """Whether its mask holds numbers to add to the logits, besides 0 and what hides a key."""
 
 
 PROBE_LENGTH = 7
@@ -79,6 +83,13 @@ def takes_masks(model: Any) -> bool:
     return name in {"sdpa", "eager"}
 
 
+def holds_biases(mask: Any) -> bool:
+    """Whether a mask of floats holds anything but 0 and what hides a key."""
+    if not isinstance(mask, Tensor) or not mask.dtype.is_floating_point:
+        return False
+    return bool(((mask > torch.finfo(mask.dtype).min / 2) & (mask != 0)).any())
+
+
 def check_attention(subject: Any, method: str) -> list[Reached]:
     """The modules that attend through the interface, in the order in which they are called.
 
@@ -88,10 +99,12 @@ def check_attention(subject: Any, method: str) -> list[Reached]:
     model = language_model(subject, method)
     reached: dict[int, Reached] = {}
 
-    def pass_on(inner: Any, module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def pass_on(inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         if id(module) not in reached:
-            reached[id(module)] = Reached(module, query.shape[1], _is_local(model, module, kwargs))
-        return inner(module, query, *args, **kwargs)
+            given = frozenset(name for name, argument in kwargs.items() if argument is not None)
+            local = _is_local(model, module, kwargs)
+            reached[id(module)] = Reached(module, query.shape[1], local, given, holds_biases(mask))
+        return inner(module, query, key, value, mask, **kwargs)
 
     plain = _probe(model, method)
     scope = Scope()

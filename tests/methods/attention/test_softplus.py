@@ -10,6 +10,7 @@ import gratis
 from gratis.contract.errors import InputError, SubjectError
 from gratis.methods.attention.softplus import seen_keys, softplus_attention
 from tests import tiny_language as tiny
+from tests.architectures.building import build
 
 
 def drawn(queries=9, keys=9, heads=4, groups=2, dim=8, batch=2, seed=0, dtype=torch.float64):
@@ -199,3 +200,12 @@ def test_biases_in_a_mask_are_refused():
     q, k, _ = drawn()
     with pytest.raises(InputError, match="biases"):
         seen_keys(torch.full((1, 1, 9, 9), -0.5), q, k)
+
+
+@pytest.mark.parametrize(("architecture", "reason"), [("gpt_oss", "s_aux"), ("gemma2", "softcap"), ("doge", "biases")])
+def test_models_that_change_their_logits_are_refused_before_they_run(architecture, reason):
+    model = build(architecture)
+    before = model.config._attn_implementation
+    with pytest.raises(SubjectError, match=reason):
+        gratis.attach(model, gratis.SoftplusAttention(trained=True))
+    assert model.config._attn_implementation == before

@@ -21,7 +21,7 @@ from gratis.contract.card import Card
 from gratis.contract.errors import InputError, SubjectError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
-from gratis.subjects.attention_door import check_attention, install_attention, takes_masks
+from gratis.subjects.attention_door import check_attention, holds_biases, install_attention, takes_masks
 from gratis.subjects.language import text_config
 
 MARK = "trained_attention"
@@ -73,6 +73,15 @@ class SoftplusAttention(Attachable):
         modules = check_attention(subject, type(self).__name__)
         if any(getattr(one.module, "is_causal", True) is False for one in modules):
             raise SubjectError(f"SoftplusAttention needs causal attention; this {name} attends in both directions.")
+        changed = next((one for one in _CHANGES_LOGITS if any(one in each.arguments for each in modules)), None)
+        if changed is not None:
+            raise SubjectError(
+                f"SoftplusAttention has no place for {changed}, which this {name} passes to its attention."
+            )
+        if any(one.biased for one in modules):
+            raise SubjectError(
+                f"SoftplusAttention takes cosines as scores, to which the biases in this {name}'s masks cannot be added."
+            )
         if not takes_masks(subject):
             raise SubjectError("SoftplusAttention: load the model with attention 'sdpa' or 'eager'.")
         if not self.trained and getattr(text_config(subject), MARK, None) != "softplus":
@@ -106,7 +115,7 @@ def seen_keys(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask[:, :1].float()
     seen = mask > torch.finfo(mask.dtype).min / 2
-    if bool((seen & (mask != 0)).any()):
+    if holds_biases(mask):
         raise InputError("Softplus attention takes cosines as scores, to which biases of a mask cannot be added.")
     return seen[:, :1].float()
 
