@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -157,6 +158,43 @@ def test_adapters_are_planned_and_reported_as_they_are_merged(folder):
         assert found["layers.0.weight"].size == 0
         assert found["layers.1.weight"].sizes == pytest.approx((1.5,))
         assert found["layers.1.weight"].size == pytest.approx(1.5)
+
+
+def test_a_gguf_file_is_planned_and_reported_as_the_folder_it_stands_for(tmp_path):
+    import gguf
+
+    names = {
+        "blk.0.attn_norm.weight": "model.layers.0.input_layernorm.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
+    writer = gguf.GGUFWriter(str(tmp_path / "one.gguf"), "llama")
+    for key, value in (("block_count", 1), ("embedding_length", 8), ("feed_forward_length", 8), ("head_count", 2)):
+        getattr(writer, f"add_{key}")(value)
+    for number, name in enumerate(names):
+        writer.add_tensor(name, np.full(8, number + 1.0, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "two").mkdir()
+    save_file({name: torch.full((8,), 5.0) for name in names.values()}, tmp_path / "two" / "model.safetensors")
+    recipe, found = merged(tmp_path, "method: average\nexperts: [two, one.gguf]\n")
+    assert plan_merge(recipe, tmp_path / "other").bytes_written == 2 * 8 * 4
+    assert {name: t.sizes for name, t in found.items()} == {
+        "model.layers.0.input_layernorm.weight": (2, 2), "model.norm.weight": (1.5, 1.5)
+    }  # fmt: skip
+
+
+def test_a_pipeline_is_planned_and_reported_by_component(tmp_path):
+    for name, value in (("one", 1.0), ("two", 4.0)):
+        for part in ("unet", "text_encoder"):
+            (tmp_path / name / part).mkdir(parents=True)
+            save_file({"w": torch.full((4,), value)}, tmp_path / name / part / "model.safetensors")
+        index = {"_class_name": "P", "unet": ["diffusers", "U"], "text_encoder": ["transformers", "T"]}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    recipe, found = merged(tmp_path, "method: average\nexperts: [one, two]\n")
+    assert plan_merge(recipe, tmp_path / "other").tensors == 2
+    assert {name: t.sizes for name, t in found.items()} == dict.fromkeys(("unet/w", "text_encoder/w"), (1.5, 1.5))
 
 
 def test_rows_of_tokens_are_compared_in_one_order(folder):

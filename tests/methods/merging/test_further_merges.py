@@ -135,3 +135,13 @@ def test_two_models_exactly(method):
     _, experts = models()
     with pytest.raises(InputError, match="two"):
         merge_state_dicts(method, experts)
+
+
+@pytest.mark.parametrize("divisor", ["count", "weight", "none"])
+def test_breadcrumbs_that_drop_nothing_divide_as_ties_does(divisor):
+    generator = torch.Generator().manual_seed(4)
+    base, *experts = ({"w": torch.randn(40, 30, generator=generator)} for _ in range(4))
+    weights = (0.5, 1.0, 2.0)
+    got = merge_state_dicts(gratis.BreadcrumbsTIES(density=1.0, outliers=0.0, divisor=divisor), experts, base, weights)
+    ties = gratis.TIES(density=1.0, divisor=divisor, zero_sums="positive")
+    torch.testing.assert_close(got["w"], merge_state_dicts(ties, experts, base, weights)["w"], rtol=0, atol=1e-6)
