@@ -42,8 +42,8 @@ class LogLengthScaling(Attachable):
         unchanged_when={"length": 10_000, "sharpen": 1.0},
         examples={"length": 8},
         differs=(
-            "The paper's re-weighting is not offered here: on a model trained with softmax it multiplies the loss (on "
-            "SmolLM2-135M from 2.9 to 8 nats at power 15). Only the length scale, and a mild power, are."
+            "The paper's re-weighting is not offered here: on the weights of a softmax it is a softmax of the power times the "
+            "logits, far sharper than what the model was trained with. Only the length scale, and a mild power, are."
         ),
         limits=(
             "Positions beyond training are the larger problem of most models, and stay. For endless text use a bounded "
