@@ -5,11 +5,11 @@ import torch
 
 import gratis
 from gratis.contract.errors import ParameterError, SubjectError
-from gratis.zoo.train.help_topics import losses, texts
+from gratis.tasks.length_extrapolation import losses, texts
 from tests import tiny_language as tiny
 
 
-def test_the_lead_over_itself_is_zero_and_the_loss_is_that_of_the_training_script():
+def test_the_lead_over_itself_is_zero_and_items_are_pieces():
     model, seen = gratis.open("zoo:help-softmax"), []
     task = gratis.task_catalogue["length-extrapolation"](length=256)
     task.check(model)

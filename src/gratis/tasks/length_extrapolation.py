@@ -9,6 +9,10 @@ from gratis.contract.errors import ParameterError, SubjectError
 from gratis.contract.parameters import param
 from gratis.tasks.task import Measurement, Metric, Progress, Task, TaskCard, silent
 
+LENGTH, LONGEST, MEASURED = 128, 2048, 64
+HELD_OUT = 0.15
+PIECES = 12
+
 
 class LengthExtrapolation(Task):
     """Loss of the last 64 bytes of held-out pieces, at the length of training and at a longer one.
@@ -48,8 +52,6 @@ class LengthExtrapolation(Task):
             raise ParameterError("length-extrapolation compares with models of bytes: zoo:help-softmax or alike.")
 
     def check(self, subject: Any) -> None:
-        from gratis.zoo.train.help_topics import LENGTH
-
         vocabulary = subject.config.get_text_config().vocab_size
         if vocabulary != 256:
             raise SubjectError(
@@ -59,7 +61,6 @@ class LengthExtrapolation(Task):
 
     def measure(self, subject: Any, *, seed: int, progress: Progress = silent) -> Measurement:
         from gratis.subjects import open as open_subject
-        from gratis.zoo.train.help_topics import LENGTH, losses, texts
 
         _, text = texts()
         text = text[seed * 997 % 4096 :].to(subject.device)
@@ -81,3 +82,31 @@ class LengthExtrapolation(Task):
             tokens=len(long) * (2 * self.length + LENGTH),
             calls=3 * len(long),
         )
+
+
+def texts() -> tuple[Any, Any]:
+    """Bytes to train on, and bytes held out at the end."""
+    import torch
+
+    from gratis.subjects.text import documentation
+
+    every = torch.frombuffer(bytearray(documentation().encode()), dtype=torch.uint8).long()
+    cut = int(len(every) * (1 - HELD_OUT))
+    return every[:cut], every[cut:]
+
+
+def losses(model: Any, text: Any, length: int) -> list[float]:
+    """Mean loss of the last 64 bytes of evenly spaced pieces of `length` bytes, in nats per byte.
+
+    The pieces end at the same places whatever their length.
+    """
+    import torch
+
+    ends = torch.linspace(LONGEST + 1, len(text) - 1, PIECES).long().tolist()
+    found = []
+    for end in ends:
+        piece = text[None, end - length : end]
+        with torch.no_grad():
+            logits = model(piece).logits[0, -MEASURED - 1 : -1]
+        found.append(float(torch.nn.functional.cross_entropy(logits.float(), piece[0, -MEASURED:])))
+    return found

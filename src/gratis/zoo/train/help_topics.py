@@ -17,26 +17,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gratis
 from gratis.methods.attention.softplus import MARK, SoftplusAttention
-from gratis.subjects.text import documentation
+from gratis.tasks.length_extrapolation import LENGTH, losses, texts
 from gratis.zoo.train.loop import arguments, fit, save_half, write_card
 
-LENGTH, MEASURED = 128, 64
 LENGTHS = (128, 256, 512, 1024, 2048)
-HELD_OUT = 0.15
-PIECES = 12
 ATTENTION: dict[str, dict[str, Any] | None] = {
     "softmax": None,
     "softplus": {"power": 15.0},
     "softplus-mild": {"power": 3.0},
     "softplus-plain": {"reweight": False},
 }
-
-
-def texts() -> tuple[Tensor, Tensor]:
-    """Bytes to train on, and bytes held out at the end."""
-    every = torch.frombuffer(bytearray(documentation().encode()), dtype=torch.uint8).long()
-    cut = int(len(every) * (1 - HELD_OUT))
-    return every[:cut], every[cut:]
 
 
 def language_model(attention: str) -> Any:
@@ -49,21 +39,6 @@ def language_model(attention: str) -> Any:
     if ATTENTION[attention] is not None:
         setattr(config, MARK, "softplus")
     return LlamaForCausalLM(config)
-
-
-@torch.no_grad()
-def losses(model: Any, text: Tensor, length: int) -> list[float]:
-    """Mean loss of the last 64 bytes of evenly spaced pieces of `length` bytes, in nats per byte.
-
-    The pieces end at the same places whatever their length.
-    """
-    ends = torch.linspace(max(LENGTHS) + 1, len(text) - 1, PIECES).long().tolist()
-    found = []
-    for end in ends:
-        piece = text[None, end - length : end]
-        logits = model(piece).logits[0, -MEASURED - 1 : -1]
-        found.append(float(torch.nn.functional.cross_entropy(logits.float(), piece[0, -MEASURED:])))
-    return found
 
 
 def main() -> None:
