@@ -21,6 +21,8 @@ class GrowingLayer(DynamicLayer):
         """Keys and values (batch, key heads, length, head_dim) with the new ones at their end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         self.keys = self._appended("_key_room", self.keys, key_states)
         self.values = self._appended("_value_room", self.values, value_states)
         return self.keys, self.values

@@ -86,7 +86,9 @@ class SpeculativeThinking(Decoding):
         ),
     )  # fmt: skip
 
-    target: Any | None = param(None, help="what takes over: a name for gratis.open, a model or a chat; None: the model itself")
+    target: Any | None = param(
+        None, help="what takes over: a name for gratis.open, a model or a chat; None: the model itself"
+    )
     delimiters: tuple[str, ...] = param(("\n\n",), help="texts after which the target may take over")
     delimiter_tokens: tuple[int, ...] | None = param(None, help="token ids that are delimiters; need no tokenizer")
     affirmation: tuple[str, ...] = param(
