@@ -412,7 +412,9 @@ class ThinkingLoop:
                 "SpeculativeThinking keeps no scores, logits, attentions or hidden states: leave them out."
             )
         text_only = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
-        others = {n for n, v in model_kwargs.items() if v is not None and not isinstance(v, (bool, int))} - text_only
+        given = {n: v for n, v in model_kwargs.items() if v is not None and not isinstance(v, (bool, int))}
+        # Some models hand themselves an empty dict for the pictures and sounds that a text prompt has none of.
+        others = {n for n, v in given.items() if not (isinstance(v, dict) and not v)} - text_only
         if others or not input_ids.shape[1]:
             raise InputError(
                 f"SpeculativeThinking reads a prompt of tokens only: leave out {', '.join(sorted(others))}."
