@@ -387,3 +387,16 @@ def test_it_stacks_with_branches():
         torch.manual_seed(0)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
     assert out.shape[1] == 52
+
+
+def test_the_length_that_a_memory_budget_names_fits_and_one_block_more_does_not():
+    model = tiny.tiny_language_model()
+    settings = {"window": 8, "sinks": 2, "block": 4, "blocks": 2, "lookup": 4, "representatives": 2}
+    ids = tiny.prompt(seed=3).repeat(1, 2)[:, :53]
+    a_token = 4 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, head_dim, bytes
+    with gratis.attach(model, gratis.InfLLM(**settings, memory_budget=39.9 * a_token / 2**30)):
+        with pytest.raises(MemoryShortError, match="about 46 tokens fit"):
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+        short = ids[:, :45]
+        out = model.generate(input_ids=short, attention_mask=torch.ones_like(short), max_new_tokens=1, do_sample=False)
+    assert out.shape[1] == 46

@@ -150,7 +150,8 @@ class InfLLM(Attachable):
 
         def announce(rows: int, tokens: int) -> None:
             stored = max(tokens - self.window - self.sinks, 0) // self.block * self.block
-            self._check_budget(rows * stored * sum(layer.numbers for layer in layers) * subject.dtype.itemsize, tokens)
+            each = rows * sum(layer.numbers for layer in layers) * subject.dtype.itemsize
+            self._check_budget(stored * each, stored, tokens)
 
         reading = Reading(
             type(self).__name__, self.window, self.chunk, False,
@@ -161,11 +162,11 @@ class InfLLM(Attachable):
     def _memories(self, turns: list[Rotation], text: Text) -> list[LayerMemory]:
         return [BlockMemory(self, turn, text, len(turns)) for turn in turns]
 
-    def _check_budget(self, size: int, tokens: int) -> None:
-        """Refuse blocks of `size` bytes, of a text of `tokens` tokens, that exceed the memory budget."""
+    def _check_budget(self, size: int, stored: int, tokens: int) -> None:
+        """Refuse blocks of `size` bytes, `stored` tokens of a text of `tokens`, that exceed the memory budget."""
         if self.memory_budget is None or self.store == "file" or size <= self.memory_budget * 2**30:
             return
-        fits = int(self.memory_budget * 2**30 / size * max(tokens - self.window - self.sinks, 0))
+        fits = int(self.memory_budget * 2**30 * stored / size) // self.block * self.block
         raise MemoryShortError(
             f"InfLLM: blocks of {tokens:,} tokens take {gib(size)}, over the memory_budget of {self.memory_budget} GiB: "
             f"about {self.window + self.sinks + fits:,} tokens fit; raise it, or use store='file'."
@@ -537,7 +538,8 @@ class BlockMemory:
         assert self._scores is not None
         if method.memory_budget is not None:
             each = sum(tensor[:, :, : method.block].nbytes for tensor in (self._plain, self._values))
-            method._check_budget((self._store.count + count) * each * self._layers, self.end)
+            blocks = self._store.count + count
+            method._check_budget(blocks * each * self._layers, blocks * method.block, self.end)
         if self._far is None:
             self._set_aside(self._plain, self._values)
         at = slice(start - self._origin, start - self._origin + count * method.block)
