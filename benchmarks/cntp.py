@@ -1,20 +1,24 @@
 """Cautious next token prediction: what a cautious segment costs beside a single trial, and a text beside sampling.
 
     OMP_NUM_THREADS=1 python benchmarks/cntp.py
+    OMP_NUM_THREADS=2 python benchmarks/cntp.py two-threads
 
-On the embedded language model, one thread. Trials of one length after the same prefix, in turns: one, five side by side
-on the prefix's own cache, and five as rows of a copied cache. Then whole responses beside plain sampling. Writes
-benchmarks/results/cntp.json.
+On the embedded language model. Trials of one length after the same prefix, in turns: one, five side by side on the
+prefix's own cache, and five as rows of a copied cache: CPU seconds of one thread (medians), and wall seconds of two (the
+shortest of the rounds, as other work may share the cores). Then whole responses beside plain sampling, one thread.
+Renews its part of benchmarks/results/cntp.json.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measuring import store
+from measuring import renew
 from rich.progress import track
 from transformers import DynamicCache, GenerationConfig
 
@@ -37,8 +41,8 @@ def begun(model: Any, ids: torch.Tensor) -> Text:
     return text
 
 
-def segment(text: Text, trials: int, shared: bool) -> float:
-    """CPU seconds of `trials` trials of LENGTH tokens; the text is put back as it was."""
+def segment(text: Text, trials: int, shared: bool, clock: Callable[[], float]) -> float:
+    """Seconds, by this clock, of `trials` trials of LENGTH tokens; the text is put back as it was."""
     ids, kwargs, pending = text.ids, dict(text._kwargs), text._pending
     start = ids.shape[1]
     known, branching.heeds_branches = branching.heeds_branches, lambda model: shared
@@ -47,16 +51,18 @@ def segment(text: Text, trials: int, shared: bool) -> float:
     def done(texts: torch.Tensor) -> torch.Tensor:
         return torch.full((len(texts),), texts.shape[1] - start >= LENGTH)
 
-    begin = time.process_time()
+    begin = clock()
     text.branch(torch.arange(100, 100 + trials), lambda branches, texts, logits: logits.argmax(-1), done, float)
-    took = time.process_time() - begin
+    took = clock() - begin
     branching.heeds_branches = known
     text.cache.crop(start - text.cache.get_seq_length())
     text.ids, text._kwargs, text._pending = ids, kwargs, pending
     return took
 
 
-def segments(model: Any, tokenizer: Any) -> dict[str, Any]:
+def segments(
+    model: Any, tokenizer: Any, unit: str, clock: Callable[[], float], summary: Callable[[Sequence[float]], float]
+) -> dict[str, Any]:
     """Seconds per cautious segment by prefix, and their ratio to a single trial's."""
     assert branching.heeds_branches(model), "the embedded model decodes branches side by side"
     arms = {"one trial": (1, True), "five side by side": (TRIALS, True), "five as copies": (TRIALS, False)}
@@ -66,14 +72,13 @@ def segments(model: Any, tokenizer: Any) -> dict[str, Any]:
         seen: dict[str, list[float]] = {name: [] for name in arms}
         for number in track(range(ROUNDS + 1), description=f"segments after {prefix} tokens"):
             for name, (trials, shared) in arms.items():
-                took = segment(text, trials, shared)
+                took = segment(text, trials, shared, clock)
                 if number:
                     seen[name].append(took)
-        middle = {name: statistics.median(values) for name, values in seen.items()}
-        pairs = zip(seen["five side by side"], seen["one trial"], strict=True)
+        middle = {name: summary(values) for name, values in seen.items()}
         found[f"{prefix} tokens"] = {
-            **{f"{name}, CPU s": round(value, 3) for name, value in middle.items()},
-            "side by side over one": round(statistics.median(a / b for a, b in pairs), 2),
+            **{f"{name}, {unit}": round(value, 3) for name, value in middle.items()},
+            "side by side over one": round(middle["five side by side"] / middle["one trial"], 2),
             "copies over one": round(middle["five as copies"] / middle["one trial"], 2),
         }
     return found
@@ -118,20 +123,26 @@ def responses(model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    wide = sys.argv[1:] == ["two-threads"]
+    torch.set_num_threads(2 if wide else 1)
     model = gratis.open("smollm2")
     tokenizer = subjects.tokenizer_of(model)
+    content: dict[str, Any] = {
+        "repeat": "OMP_NUM_THREADS=1 python benchmarks/cntp.py; OMP_NUM_THREADS=2 python benchmarks/cntp.py two-threads",
+        "trials": TRIALS,
+        "tokens per trial": LENGTH,
+    }
     with torch.no_grad():
-        store(
-            "cntp",
-            {
-                "repeat": "OMP_NUM_THREADS=1 python benchmarks/cntp.py",
-                "trials": TRIALS,
-                "tokens per trial": LENGTH,
-                "a cautious segment, by prefix": segments(model, tokenizer),
-                "whole responses": responses(model, tokenizer),
-            },
-        )
+        if wide:
+            content["a cautious segment, by prefix, two threads"] = segments(
+                model, tokenizer, "wall s", time.perf_counter, min
+            )
+        else:
+            content["a cautious segment, by prefix"] = segments(
+                model, tokenizer, "CPU s", time.process_time, statistics.median
+            )
+            content["whole responses"] = responses(model, tokenizer)
+    renew("cntp", content)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What self-certainty loses where an endpoint tells only the largest log-probabilities: bias, and other choices.
 
-    OMP_NUM_THREADS=1 python benchmarks/endpoint_certainty.py
+    OMP_NUM_THREADS=1 python benchmarks/endpoint_certainty.py [--problems N] [--device cpu] [--limit SECONDS]
 
 Samples of the embedded language model to small generated problems, scored exactly and by the bound from the K largest
 log-probabilities. Writes benchmarks/results/endpoint_certainty.json.
@@ -8,7 +8,9 @@ log-probabilities. Writes benchmarks/results/endpoint_certainty.json.
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import time
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ KINDS = ("chain_sum", "products", "gcd")
 @torch.no_grad()
 def scores(model: Any, prompt: torch.Tensor, tokens: list[int]) -> dict[str, tuple[float, float]]:
     """Exact score and bounds of one response, each with the share of tokens at which the bound was set to a floor."""
-    logits = model(torch.cat([prompt, torch.tensor([tokens])], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
+    logits = model(torch.cat([prompt, torch.tensor([tokens], device=prompt.device)], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
     found = {"exact": (float(self_certainty(logits).mean()), 0.0)}
     for count in TOLD:
         top = logits.double().log_softmax(-1).topk(count).values
@@ -38,12 +40,20 @@ def scores(model: Any, prompt: torch.Tensor, tokens: list[int]) -> dict[str, tup
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--problems", type=int, default=PROBLEMS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no problem is begun")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = gratis.open("smollm2")
+    model = gratis.open("smollm2").to(chosen.device)
     rows = []
     options = {"do_sample": True, "temperature": TEMPERATURE, "top_p": 1.0, "top_k": 0}
-    for problem in track(problems(KINDS, PROBLEMS, 0, "easy"), description="problems"):
+    begin = time.monotonic()
+    for problem in track(problems(KINDS, chosen.problems, 0, "easy"), description="problems"):
+        if time.monotonic() - begin > chosen.limit:
+            break
         prompt = encoded(model, problem.question)
         drawn = respond(model, prompt, NEW, num_return_sequences=SAMPLES, **options)
         rows.append([scores(model, prompt, response.tokens) for response in drawn])
@@ -63,6 +73,7 @@ def main() -> None:
             "repeat": "OMP_NUM_THREADS=1 python benchmarks/endpoint_certainty.py",
             "problems": len(rows),
             "samples": SAMPLES,
+            "device": chosen.device,
             "mean exact score, nats": round(exact, 3),
             "bound": table,
         },

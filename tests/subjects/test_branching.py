@@ -97,3 +97,28 @@ def test_what_the_trial_finds_is_the_mask():
     model.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)
     model.config.name_or_path = "deaf"
     assert not heeds_branches(model)
+
+
+def test_the_prefix_is_neither_repeated_for_query_heads_nor_copied_as_branches_grow(monkeypatch):
+    import transformers.integrations.sdpa_attention as sdpa
+
+    model, ids = tiny.tiny_language_model(), tiny.prompt()
+    assert model.config.num_attention_heads > model.config.num_key_value_heads
+    assert model.config._attn_implementation == "sdpa"
+    text = begun(model, ids)
+    repeated, places = [], set()
+    monkeypatch.setattr(sdpa, "repeat_kv", lambda states, times: repeated.append(times))
+
+    def draw(branches, ids, logits):
+        places.add(text.cache.layers[0].keys.data_ptr())
+        return logits.argmax(-1)
+
+    def done(ids):
+        return torch.full((len(ids),), ids.shape[1] >= tiny.PROMPT + 6)
+
+    text.branch(torch.tensor([10, 11, 12]), draw, done, float)
+    assert repeated == []
+    assert len(places) == 1
+    assert model.config._attn_implementation == "sdpa"
+    text.catch_up()
+    assert {type(layer).__name__ for layer in text.cache.layers} == {"DynamicLayer"}

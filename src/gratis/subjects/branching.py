@@ -12,12 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils.generic import ModelOutput
 
+from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, SubjectError
+from gratis.subjects.attention_door import implementation_below, install_attention
+from gratis.subjects.growing_cache import GrowingLayer
 from gratis.subjects.language import text_config
 from gratis.subjects.sampling_loop import can_repeat
 
@@ -99,6 +103,9 @@ class Text:
 
     def catch_up(self) -> None:
         """Read all but the last token, as after ordinary decoding; for a cache that is handed out."""
+        for layer in getattr(self.cache, "layers", ()):
+            if type(layer) is GrowingLayer:
+                layer.become_plain()
         if self._pending < 2 or self.cache is None:
             return
         last, self.ids = self.ids[0, -1:], self.ids[:, :-1]
@@ -196,19 +203,26 @@ class Text:
         branches = torch.arange(len(first), device=ids.device)
         owners = branches[:0]
         texts: dict[int, Tensor] = {}
-        while True:
-            ended = done(ids)
-            for row in ended.nonzero()[:, 0].tolist():
-                texts[int(branches[row])] = ids[row, start:]
-            ids, branches = ids[~ended], branches[~ended]
-            if not len(branches):
-                break
-            owners = torch.cat([owners, branches])
-            logits = _side_by_side(self.model, ids[:, -1], place, self._seen(start), owners, branches, cache)
-            self.passes += 1
-            self.read_tokens += len(branches)
-            place += 1
-            ids = torch.cat([ids, draw(branches.tolist(), ids, logits.to(ids.device))[:, None].to(ids)], dim=1)
+        for layer in cache.layers:
+            layer.__class__ = GrowingLayer
+        scope = Scope()
+        try:
+            _share_keys(self.model, scope)
+            while True:
+                ended = done(ids)
+                for row in ended.nonzero()[:, 0].tolist():
+                    texts[int(branches[row])] = ids[row, start:]
+                ids, branches = ids[~ended], branches[~ended]
+                if not len(branches):
+                    break
+                owners = torch.cat([owners, branches])
+                logits = _side_by_side(self.model, ids[:, -1], place, self._seen(start), owners, branches, cache)
+                self.passes += 1
+                self.read_tokens += len(branches)
+                place += 1
+                ids = torch.cat([ids, draw(branches.tolist(), ids, logits.to(ids.device))[:, None].to(ids)], dim=1)
+        finally:
+            scope.close()
         kept = _best(worth, len(first))
         slots = (owners == kept).nonzero()[:, 0]
         for layer in cache.layers:
@@ -232,7 +246,7 @@ class Text:
         if (
             others - {"attention_mask", "position_ids"}
             or (positions is not None and positions.dim() != 2)
-            or any(type(layer) is not DynamicLayer or layer.get_seq_length() != length for layer in cache.layers)
+            or any(type(layer) not in {DynamicLayer, GrowingLayer} or layer.get_seq_length() != length for layer in cache.layers)
         ):
             return False
         if self._heeds is None:
@@ -299,6 +313,38 @@ def _side_by_side(
     )
     found: Tensor = outputs.logits[0].float()
     return found
+
+
+def _share_keys(model: Any, scope: Scope) -> None:
+    """Let all branches read the prefix's keys and values where they are, while `scope` is open.
+
+    With a mask and more than one query, transformers first repeats keys and values for each query head that shares
+    them. Here the query heads of one key head are rows of one product instead, and nothing is copied.
+    """
+    if implementation_below(model) == "sdpa" and hasattr(text_config(model), "_attn_implementation_internal"):
+        install_attention(model, "branches", _attend_shared, scope)
+
+
+_WITHOUT_EFFECT = {"scaling", "dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position"}
+"""What a model may pass to its attention, and the product with a mask heeds or need not know."""
+
+
+def _attend_shared(
+    inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention (see attention_door) of several query heads to one key head, as one product for each key head."""
+    batch, heads, length, size = query.shape
+    groups = heads // key.shape[1]
+    others = {name for name, given in kwargs.items() if given is not None} - _WITHOUT_EFFECT
+    plain = isinstance(mask, Tensor) and mask.shape[1] == 1 and length > 1 and groups > 1
+    if not plain or others or kwargs.get("dropout") or kwargs.get("output_attentions"):
+        result: tuple[Tensor, Tensor | None] = inner(module, query, key, value, mask, **kwargs)
+        return result
+    packed = query.reshape(batch, key.shape[1], groups * length, size)
+    found = F.scaled_dot_product_attention(
+        packed, key, value, attn_mask=mask.repeat(1, 1, groups, 1), scale=kwargs.get("scaling")
+    )
+    return found.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 _PROBE_TOLERANCE = 1e-3

@@ -27,6 +27,12 @@ class GrowingLayer(DynamicLayer):
         self.values = self._appended("_value_room", self.values, value_states)
         return self.keys, self.values
 
+    def become_plain(self) -> None:
+        """Be a dynamic layer again, one that copies what it holds when it grows."""
+        self.__class__ = DynamicLayer  # type: ignore[assignment]
+        for name in ("_key_room", "_value_room"):
+            vars(self).pop(name, None)
+
     def _appended(self, name: str, held: Tensor, new: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (held.requires_grad or new.requires_grad):
             return torch.cat([held, new], dim=-2)
