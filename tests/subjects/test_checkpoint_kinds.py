@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import gratis
 from gratis.contract.errors import FileError, InputError
 from gratis.subjects.adapters import AdaptedCheckpoint
-from gratis.subjects.checkpoints import RECORD, Checkpoint, check_checksums
+from gratis.subjects.checkpoint_writer import check_checksums
+from gratis.subjects.checkpoints import RECORD, Checkpoint
 from gratis.subjects.merging import merge, merge_state_dicts
 from gratis.subjects.opening_checkpoints import open_checkpoint
 

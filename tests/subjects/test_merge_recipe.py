@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import gratis
 from gratis.contract.errors import FileError, GratisWarning, InputError
 from gratis.subjects.merge_recipe import load_recipe
-from gratis.subjects.merging import Rule, merge, merge_recipe, merge_state_dicts
+from gratis.subjects.merge_rules import Rule
+from gratis.subjects.merging import merge, merge_recipe, merge_state_dicts
 
 LAYERS = 4
 

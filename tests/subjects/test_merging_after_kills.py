@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import gratis
 from gratis.contract.errors import FileError
-from gratis.subjects import checkpoints, merging
-from gratis.subjects.checkpoints import Checkpoint, check_checksums, read_header
+from gratis.subjects import checkpoint_writer, merge_engine
+from gratis.subjects.checkpoint_writer import check_checksums
+from gratis.subjects.checkpoints import Checkpoint, read_header
 from gratis.subjects.merging import merge, merge_state_dicts
 
 
@@ -63,8 +64,8 @@ class Stop(BaseException):
 
 def stopping_after(monkeypatch, count):
     """Writes that are counted, and an interruption after `count` of them. Notes are made at every part."""
-    monkeypatch.setattr(merging, "JOURNAL_SECONDS", 0.0)
-    real, writes = checkpoints.Writer.write, []
+    monkeypatch.setattr(merge_engine, "JOURNAL_SECONDS", 0.0)
+    real, writes = checkpoint_writer.Writer.write, []
 
     def write(self, name, values, start=0):
         if len(writes) == count:
@@ -74,7 +75,7 @@ def stopping_after(monkeypatch, count):
         if self._pending is not None:
             self._pending.result()
 
-    monkeypatch.setattr(checkpoints.Writer, "write", write)
+    monkeypatch.setattr(checkpoint_writer.Writer, "write", write)
     return writes
 
 
@@ -127,15 +128,15 @@ def test_a_torn_or_forged_journal(saved, monkeypatch):
 
 KILLED = """
 import sys, pathlib, gratis
-from gratis.subjects import checkpoints, merging
-merging.JOURNAL_SECONDS = 0.0
-real = checkpoints.Writer.write
+from gratis.subjects import checkpoint_writer, merge_engine
+merge_engine.JOURNAL_SECONDS = 0.0
+real = checkpoint_writer.Writer.write
 def slow(self, name, values, start=0):
     real(self, name, values, start)
     print("written", flush=True)
     import time
     time.sleep(0.01)
-checkpoints.Writer.write = slow
+checkpoint_writer.Writer.write = slow
 f = pathlib.Path(sys.argv[1])
 gratis.merge(gratis.TIES(density=0.4), base=f / "base", experts=[f / "a", f / "b"], out=f / "out", stretch=65536, threads=2)
 """

@@ -19,7 +19,9 @@ from gratis.contract.catalogue import catalogue
 from gratis.contract.errors import FileError, UnknownNameError, suggestion
 from gratis.contract.files import write_text
 from gratis.contract.method import Merge
-from gratis.subjects.merging import MergeProgress, MergeReport, Rule, merge
+from gratis.subjects.merge_engine import MergeProgress
+from gratis.subjects.merge_rules import Rule
+from gratis.subjects.merging import MergeReport, merge
 from gratis.subjects.vocabularies import POLICIES
 
 KEYS = ("method", "parameters", "base", "experts", "rules", "dtype", "tokenizer", "trials", "note")

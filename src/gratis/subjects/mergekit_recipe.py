@@ -20,7 +20,7 @@ from gratis.contract.method import Merge
 from gratis.subjects.adapters import is_adapter
 from gratis.subjects.checkpoints import TensorSource
 from gratis.subjects.merge_recipe import MergeRecipe, merge_method
-from gratis.subjects.merging import Rule
+from gratis.subjects.merge_rules import Rule
 from gratis.subjects.opening_checkpoints import open_checkpoint
 
 KEYS = (

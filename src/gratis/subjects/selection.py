@@ -1,4 +1,4 @@
-"""The exact k-th largest magnitude of a stream of numbers that does not fit in memory."""
+"""The exact k-th largest magnitude of streams of numbers that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -38,96 +38,195 @@ class Kept:
     magnitude: float
     ties: int
     all_ties: bool
+    tied: tuple[int, ...] | None = None
+    """Entries equal to it in each stretch, where they were counted."""
 
 
 def largest(stretches: Sequence[Stretch], keep: int, magnitudes: Magnitudes, run: Run) -> Kept:
-    """What separates the `keep` largest magnitudes from the rest, exactly, in two passes over the stream.
+    """What separates the `keep` largest magnitudes from the rest, exactly: `largest_of_each` of one stream."""
+    return largest_of_each(stretches, [keep], lambda stretch: [magnitudes(stretch)], run)[0]
 
-    One stretch is selected from as it is. Otherwise a sample brackets the answer; one pass counts what lies below and
-    collects what lies within (narrowing the bracket where that would be too much to hold); the answer is selected from
-    that. If the bracket misses, the bits of the numbers are counted instead (two more passes).
+
+def largest_of_each(
+    stretches: Sequence[Stretch], keeps: Sequence[int], magnitudes: Callable[[Stretch], Sequence[Tensor]], run: Run
+) -> list[Kept]:
+    """What separates the `keeps` largest magnitudes of several streams from the rest, exactly, in one pass over them.
+
+    `magnitudes` gives each stream's (count,) numbers of a stretch. One stretch is selected from as it is. Otherwise a
+    sample brackets the answer; the pass counts what lies below and collects what lies within (narrowing the bracket
+    where that would be too much to hold); the answer is selected from that. If the bracket misses, the bits of the
+    numbers are counted instead (two more passes).
     """
     total = sum(stretch.count for stretch in stretches)
-    rank = total - keep
     if len(stretches) == 1:
-        values = magnitudes(stretches[0]).numpy(force=True)
-        threshold = np.partition(values, rank)[rank]
-        ties = keep - int(np.count_nonzero(values > threshold))
-        return Kept(float(threshold), ties, ties == int(np.count_nonzero(values == threshold)))
-    low, high = _bracket(stretches, rank / max(total - 1, 1), magnitudes)
+        return [_at_once(values, keep) for values, keep in zip(magnitudes(stretches[0]), keeps, strict=True)]
+    samples = _samples(stretches, magnitudes)
+    searches = [_Search(total, keep, sample) for keep, sample in zip(keeps, samples, strict=True)]
 
-    def survey(stretch: Stretch) -> tuple[float, float, int, int, int, NDArray[np.float32]]:
+    def survey(stretch: Stretch) -> list[_Seen]:
+        return [search.survey(values) for search, values in zip(searches, magnitudes(stretch), strict=True)]
+
+    for found in run(survey, stretches):
+        for search, seen in zip(searches, found, strict=True):
+            search.add(seen)
+
+    def stream(number: int) -> Magnitudes:
+        return lambda stretch: magnitudes(stretch)[number]
+
+    return [
+        search.kept() or _by_bits(stretches, total - keep, total, stream(number), run)
+        for number, (search, keep) in enumerate(zip(searches, keeps, strict=True))
+    ]
+
+
+def _at_once(magnitudes: Tensor, keep: int) -> Kept:
+    values = magnitudes.numpy(force=True)
+    threshold = np.partition(values, len(values) - keep)[len(values) - keep]
+    ties = keep - int(np.count_nonzero(values > threshold))
+    return Kept(float(threshold), ties, ties == int(np.count_nonzero(values == threshold)))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What of a stretch lies below, at and within a bracket, whose ends are bits of magnitudes."""
+
+    low: int
+    high: int
+    count: int
+    below: int
+    at_low: int
+    at_high: int
+    inside: NDArray[np.uint32]
+
+
+class _Search:
+    """The search for one stream's k-th magnitude. Magnitudes of float32 order as their bits do, read as integers."""
+
+    def __init__(self, total: int, keep: int, sample: Tensor) -> None:
+        self._total, self._keep = total, keep
+        self._bracket = _bracket(sample, (total - keep) / max(total - 1, 1))
+        self._below = self._seen = self._held = 0
+        # One entry per stretch, so that the last tie is found without reading the stream again.
+        self._at_low: list[int] = []
+        self._at_high: list[int] = []
+        self._inside: list[NDArray[np.uint32]] = []
+
+    def survey(self, magnitudes: Tensor) -> _Seen:
+        """Count a stretch; may run beside others."""
+        low, high = self._bracket
+        if magnitudes.is_cuda:
+            return _Seen(low, high, len(magnitudes), *_counted_there(magnitudes, low, high))
         # Comparisons of whole stretches are several times quicker in numpy than in torch.
-        values, (first, last) = magnitudes(stretch).numpy(force=True), (low, high)
-        below, above = int(np.count_nonzero(values < first)), int(np.count_nonzero(values > last))
-        at_last = int(np.count_nonzero(values == last)) if last != first else 0
-        return first, last, below, above, at_last, np.compress((values > first) & (values < last), values)
+        bits = magnitudes.numpy().view(np.uint32)
+        below = int(np.count_nonzero(bits < low))
+        if low == high:
+            at_low = int(np.count_nonzero(bits == low))
+            return _Seen(low, high, len(bits), below, at_low, at_low, bits[:0].copy())
+        found = bits[np.subtract(bits, np.uint32(low)) <= np.uint32(high - low)]
+        return _Seen(low, high, len(bits), below, *_parted(found, low, high))
 
-    below = above = at_high = seen = held = 0
-    pieces: list[NDArray[np.float32]] = []
-    for stretch, (first, last, less, more, at_last, piece) in zip(stretches, run(survey, stretches), strict=True):
-        seen += stretch.count
-        if (first, last) != (low, high):
-            # Surveyed before the bracket was narrowed, which left both of its ends outside.
-            at_first = stretch.count - less - more - at_last - len(piece)
-            less += at_first + int(np.count_nonzero(piece < low))
-            more += at_last + int(np.count_nonzero(piece > high))
-            at_last = int(np.count_nonzero(piece == high)) if high != low else 0
-            piece = np.compress((piece > low) & (piece < high), piece)
-        below, above, at_high, held = below + less, above + more, at_high + at_last, held + len(piece)
-        pieces.append(piece)
-        if held > MOST_HELD:
-            inside = np.concatenate(pieces)
-            at_low = seen - below - above - at_high - held
-            likely = round(rank * seen / total) - below - at_low
-            ends = np.clip([likely - MOST_HELD // 4, likely + MOST_HELD // 4], 0, held - 1)
-            inside.partition(ends)
-            low, high = (float(inside[end]) for end in ends)
+    def add(self, seen: _Seen) -> None:
+        """Take in a stretch's counts, in the stream's order."""
+        low, high = self._bracket
+        below, at_low, at_high, inside = seen.below, seen.at_low, seen.at_high, seen.inside
+        if (seen.low, seen.high) != (low, high):
+            # Surveyed before the bracket was narrowed, which left both of its old ends outside.
             below += at_low + int(np.count_nonzero(inside < low))
-            above += at_high + int(np.count_nonzero(inside > high))
-            at_high = int(np.count_nonzero(inside == high)) if high != low else 0
-            pieces = [np.compress((inside > low) & (inside < high), inside)]
-            held = len(pieces[0])
-    inside = np.concatenate(pieces)
-    at_low = total - below - above - at_high - len(inside)
-    if rank < below or rank >= total - above:
-        return _by_bits(stretches, rank, total, magnitudes, run)
-    if rank < below + at_low:
-        greater = total - below - at_low
-        return Kept(low, keep - greater, keep - greater == at_low)
-    if rank >= below + at_low + len(inside):
-        return Kept(high, keep - above, keep - above == at_high)
-    place = rank - below - at_low
-    threshold = np.partition(inside, place)[place]
-    equal = int(np.count_nonzero(inside == threshold))
-    greater = above + at_high + int(np.count_nonzero(inside > threshold))
-    return Kept(float(threshold), keep - greater, keep - greater == equal)
+            at_low, at_high, inside = _parted(inside[(inside >= low) & (inside <= high)], low, high)
+        self._below += below
+        self._seen += seen.count
+        self._held += len(inside)
+        self._at_low.append(at_low)
+        self._at_high.append(at_high)
+        self._inside.append(inside)
+        if self._held > MOST_HELD:
+            self._narrow()
+
+    def _narrow(self) -> None:
+        inside = np.concatenate(self._inside)
+        rank = self._total - self._keep
+        likely = round(rank * self._seen / self._total) - self._below - sum(self._at_low)
+        ends = np.clip([likely - MOST_HELD // 4, likely + MOST_HELD // 4], 0, len(inside) - 1)
+        inside.partition(ends)
+        low, high = (int(inside[end]) for end in ends)
+        self._below += sum(self._at_low) + int(np.count_nonzero(inside < low))
+        self._bracket = low, high
+        parted = [_parted(piece[(piece >= low) & (piece <= high)], low, high) for piece in self._inside]
+        self._at_low, self._at_high = [found[0] for found in parted], [found[1] for found in parted]
+        self._inside = [found[2] for found in parted]
+        self._held = sum(map(len, self._inside))
+
+    def kept(self) -> Kept | None:
+        """The answer, once every stretch was taken in; None where it lies outside the bracket."""
+        low, high = self._bracket
+        rank = self._total - self._keep - self._below
+        at_low, at_high = sum(self._at_low), sum(self._at_high) if high != low else 0
+        if rank < 0:
+            return None
+        if rank < at_low:
+            bits, tied = low, self._at_low
+            first = 0
+        elif rank < at_low + self._held:
+            inside = np.concatenate(self._inside)
+            inside.partition(rank - at_low)
+            bits = int(inside[rank - at_low])
+            tied = [int(np.count_nonzero(piece == bits)) for piece in self._inside]
+            first = at_low + int(np.count_nonzero(inside < bits))
+        elif rank < at_low + self._held + at_high:
+            bits, tied = high, self._at_high
+            first = at_low + self._held
+        else:
+            return None
+        ties = first + sum(tied) - rank
+        magnitude = float(np.uint32(bits).view(np.float32))
+        return Kept(magnitude, ties, rank == first, tuple(tied))
 
 
-def _bracket(stretches: Sequence[Stretch], share: float, magnitudes: Magnitudes) -> tuple[float, float]:
-    total = sum(stretch.count for stretch in stretches)
-    step = max(total // SAMPLE_BLOCKS, 1)
-    pieces, wanted, passed = [], 0, 0
+def _parted(found: NDArray[np.uint32], low: int, high: int) -> tuple[int, int, NDArray[np.uint32]]:
+    """How many of the numbers from `low` to `high` equal each end, and the others."""
+    at_low = int(np.count_nonzero(found == low))
+    at_high = int(np.count_nonzero(found == high)) if high != low else at_low
+    if at_low or at_high:
+        found = found[(found != low) & (found != high)]
+    return at_low, at_high, found
+
+
+def _counted_there(magnitudes: Tensor, low: int, high: int) -> tuple[int, int, int, NDArray[np.uint32]]:
+    """The same counts by an accelerator, which hands back only what lies within."""
+    bits = magnitudes.view(torch.int32)
+    found = bits[(bits >= low) & (bits <= high)].numpy(force=True).view(np.uint32)
+    return int((bits < low).sum()), *_parted(found, low, high)
+
+
+def _samples(stretches: Sequence[Stretch], magnitudes: Callable[[Stretch], Sequence[Tensor]]) -> list[Tensor]:
+    """Some of each stream's numbers, from blocks spread over it, sorted."""
+    step = max(sum(stretch.count for stretch in stretches) // SAMPLE_BLOCKS, 1)
+    pieces: list[list[Tensor]] = []
+    wanted = passed = 0
     for stretch in stretches:
         while wanted < passed + stretch.count:
             at = stretch.start + wanted - passed
             count = min(SAMPLE_BLOCK, stretch.start + stretch.count - at)
-            pieces.append(magnitudes(Stretch(stretch.tensor, at, count)).clone())
+            pieces.append([values.cpu().clone() for values in magnitudes(Stretch(stretch.tensor, at, count))])
             wanted += step
         passed += stretch.count
-    sample = torch.cat(pieces).sort().values
+    return [torch.cat(stream).sort().values for stream in zip(*pieces, strict=True)]
+
+
+def _bracket(sample: Tensor, share: float) -> tuple[int, int]:
+    """Bits of two magnitudes between which the one at `share` of the stream almost surely is."""
     margin = 0.01 if len(sample) > 100_000 else 0.02 if len(sample) > 10_000 else 0.1
     last = len(sample) - 1
     low = sample[max(int((share - margin) * last), 0)] if share > margin else torch.tensor(0.0)
     high = sample[min(int((share + margin) * last) + 1, last)]
-    return float(low), float(high)
+    return int(low.view(torch.int32)), int(high.view(torch.int32))
 
 
 def _by_bits(stretches: Sequence[Stretch], rank: int, total: int, magnitudes: Magnitudes, run: Run) -> Kept:
     """Radix selection: float32 magnitudes order as their bits do."""
 
     def upper(stretch: Stretch) -> Tensor:
-        return torch.bincount(magnitudes(stretch).view(torch.int32) >> 16, minlength=32768)
+        return torch.bincount(magnitudes(stretch).view(torch.int32) >> 16, minlength=32768).cpu()
 
     counts = torch.zeros(32768, dtype=torch.long)
     for found in run(upper, stretches):
@@ -138,7 +237,7 @@ def _by_bits(stretches: Sequence[Stretch], rank: int, total: int, magnitudes: Ma
 
     def lower(stretch: Stretch) -> Tensor:
         bits = magnitudes(stretch).view(torch.int32)
-        return torch.bincount(bits[(bits >> 16) == prefix] & 0xFFFF, minlength=65536)
+        return torch.bincount(bits[(bits >> 16) == prefix] & 0xFFFF, minlength=65536).cpu()
 
     fine = torch.zeros(65536, dtype=torch.long)
     for found in run(lower, stretches):
@@ -155,7 +254,10 @@ def last_tie(stretches: Sequence[Stretch], kept: Kept, magnitudes: Magnitudes) -
     """(stretch number, flat index) of the last entry equal to the threshold that is kept, in the stream's order."""
     left = kept.ties
     for number, stretch in enumerate(stretches):
-        tied = np.flatnonzero(magnitudes(stretch).numpy() == np.float32(kept.magnitude))
+        if kept.tied is not None and left > kept.tied[number]:
+            left -= kept.tied[number]
+            continue
+        tied = np.flatnonzero(magnitudes(stretch).numpy(force=True) == np.float32(kept.magnitude))
         if left <= len(tied):
             return number, stretch.start + int(tied[left - 1])
         left -= len(tied)

@@ -26,8 +26,10 @@ from gratis.contract.errors import FileError
 from gratis.contract.files import write_text
 from gratis.contract.method import MergePart
 from gratis.subjects.checkpoints import Checkpoint
+from gratis.subjects.merge_engine import STRETCH
 from gratis.subjects.merge_recipe import MergeRecipe
-from gratis.subjects.merging import STRETCH, Portion, merge_state_dicts, open_inputs, portions
+from gratis.subjects.merge_rules import Portion, portions
+from gratis.subjects.merging import merge_state_dicts, open_inputs
 from gratis.trials.page import filled
 from gratis.trials.words import number
 

@@ -352,11 +352,11 @@ def test_a_disk_that_is_too_small_or_fills_up(saved, monkeypatch):
 
 def test_a_kill_leaves_nothing_under_the_name_and_the_next_run_cleans_up(saved):
     code = (
-        "import os, sys, pathlib, gratis\nfrom gratis.subjects import checkpoints\n"
-        "real = checkpoints.Writer.write\n"
+        "import os, sys, pathlib, gratis\nfrom gratis.subjects import checkpoint_writer\n"
+        "real = checkpoint_writer.Writer.write\n"
         "def slow(self, name, values, start=0):\n"
         "    real(self, name, values, start); print('writing', flush=True); import time; time.sleep(30)\n"
-        "checkpoints.Writer.write = slow\n"
+        "checkpoint_writer.Writer.write = slow\n"
         "f = pathlib.Path(sys.argv[1])\n"
         "gratis.merge(gratis.Average(), experts=[f / 'expert0', f / 'expert1'], out=f / 'out', threads=1)\n"
     )

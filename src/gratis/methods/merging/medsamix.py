@@ -31,7 +31,8 @@ from gratis.methods.merging.average import Average
 from gratis.methods.merging.slerp import SLERP
 from gratis.methods.merging.task_arithmetic import TaskArithmetic
 from gratis.methods.merging.ties import TIES
-from gratis.subjects.merging import Rule, merge_state_dicts
+from gratis.subjects.merge_rules import Rule
+from gratis.subjects.merging import merge_state_dicts
 
 METHODS = ("linear", "task_arithmetic", "ties", "slerp")
 LARGEST_MASK = 0.99
