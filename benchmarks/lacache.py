@@ -1,10 +1,10 @@
 """LaCache: time per decoded token against history, what thinning costs, and kvpress's streaming press beside it.
 
-    OMP_NUM_THREADS=1 python benchmarks/lacache.py
+    OMP_NUM_THREADS=1 python benchmarks/lacache.py [history] [kvpress]
 
-On the embedded language model and the documentation's text, one thread, process CPU seconds. In the first two parts
-arms take turns token by token; in the third, each runs in a process of its own, in turns (kvpress caps transformers
-below ours, so it runs in its own environment). Writes benchmarks/results/lacache.json.
+On the embedded language model and the documentation's text, one thread, process CPU seconds. In "history" arms take
+turns token by token; in "kvpress", each runs in a process of its own, in turns (kvpress caps transformers below ours,
+so it runs in its own environment). Writes benchmarks/results/lacache.json; a named part renews only its own figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import medians, peer_python, run_apart, store
+from measuring import medians, peer_python, renew, run_apart
 from rich.progress import track
 
 import gratis
@@ -111,29 +111,47 @@ def beside_kvpress() -> list[dict[str, Any]]:
     return [{"arm": name, **medians(rows)} for name, rows in seen.items()]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def history() -> dict[str, Any]:
+    """Time per token by history, its growth, and what thinning costs."""
     tokenizer = gratis.subjects.tokenizer_of(gratis.open("smollm2"))
     rows, shares = time_against_history(
         tokens_of(tokenizer, documentation(), HISTORIES[-1] + len(HISTORIES) * STEPS + BUDGET)
     )
-    growth = {name: round(rows[-1][f"{name}, ms"] / rows[0][f"{name}, ms"], 3) for name in ARMS}
+    first, last = rows[0], rows[-1]
+    return {
+        f"time per decoded token, budget {BUDGET}": rows,
+        f"time at {HISTORIES[-1]} tokens over time at {HISTORIES[0]}": {
+            name: round(last[f"{name}, ms"] / first[f"{name}, ms"], 3) for name in ARMS
+        },
+        "full cache over each at the longest": {
+            name: round(last["full cache, ms"] / last[f"{name}, ms"], 2) for name in ARMS
+        },
+        "what thinning costs": shares,
+    }
+
+
+def kvpress() -> dict[str, Any]:
+    """Our arms and the peer's, and how many times ours the peer's figures are."""
     peers = beside_kvpress()
     ours, theirs = peers[0], peers[-1]
-    store(
-        "lacache",
-        {
-            "repeat": "OMP_NUM_THREADS=1 python benchmarks/lacache.py",
-            f"time per decoded token, budget {BUDGET}": rows,
-            f"time at {HISTORIES[-1]} tokens over time at {HISTORIES[0]}": growth,
-            "full cache over LaCache at the longest": round(rows[-1]["full cache, ms"] / rows[-1]["LaCache, ms"], 2),
-            "what thinning costs": shares,
-            f"{PEER_CONTEXT} tokens read, {PEER_NEW} written, budget {BUDGET}": peers,
-            "kvpress over LaCache": {
-                key: round(theirs[key] / ours[key], 2) for key in ours if isinstance(ours[key], float) and ours[key]
-            },
+    return {
+        f"{PEER_CONTEXT} tokens read, {PEER_NEW} written, budget {BUDGET}": peers,
+        "kvpress over LaCache": {
+            key: round(theirs[key] / ours[key], 2) for key in ours if isinstance(ours[key], float) and ours[key]
         },
-    )
+    }
+
+
+PARTS = {"history": history, "kvpress": kvpress}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    wanted = sys.argv[1:] or list(PARTS)
+    if unknown := set(wanted) - set(PARTS):
+        raise SystemExit(f"no part {sorted(unknown)}: choose among {list(PARTS)}")
+    for part in wanted:
+        renew("lacache", PARTS[part]())
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
 """Where LaCache beats a sliding window of the same size and where it does not, on the embedded language model.
 
-    OMP_NUM_THREADS=1 python benchmarks/lacache_map.py [prose] [facts]
+    OMP_NUM_THREADS=1 python benchmarks/lacache_map.py [--device cuda] [prose[:BUDGET]] [facts[:STATED]] …
 
 "prose": loss of four kinds of text by budget, span and overlap, read 32 tokens at a time; differences from the window
-are paired by stretches of 32 tokens, with 95 % bootstrap intervals, from where the budget is full on. "facts": a number
-is stated once or several times, then filler pushes it out of the window, then it is asked for; the loss of its digits,
-and how many are right. Writes benchmarks/results/lacache_map.json.
+are paired by stretches of 32 tokens, with 95 % bootstrap intervals, from the token on at which the largest budget is
+full. "facts": a number is stated once or several times, then filler pushes it out of the window, then it is asked for:
+the loss of its digits, and how many numbers are written right. Writes benchmarks/results/lacache_map.json row by
+row; a named part renews only its own.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import random
 import statistics
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import sklearn.datasets
 import torch
-from measuring import renew
+from measuring import renew_rows
 from measuring.reading import Reader, source_code
 from rich.progress import track
 from torch import Tensor
@@ -28,82 +29,91 @@ import gratis
 from gratis.subjects.text import FILLER, documentation, random_key, tokens_of
 from gratis.trials.statistics import paired_interval
 
-REPEAT = "OMP_NUM_THREADS=1 python benchmarks/lacache_map.py"
-LENGTH, CHUNK, BUDGETS = 1536, 32, (128, 256, 512)
-PROSE = f"loss in nats beside the sliding window, {LENGTH} tokens"
-FACTS, FACT_BUDGET, FACT_LENGTH, STATED = 4, 256, 1000, (1, 4)
-DIGITS = 5
-RECALL = f"a number of {DIGITS} digits, {FACTS} trials"
-LADDERS = {"LaCache, span 15, overlap 0": {}, "LaCache, span 8, overlap 4": {"span": 8, "overlap": 4}}
+LENGTH, PLACES, CHUNK, BUDGETS = 5120, 2, 32, (128, 256, 512, 1024)
+PROSE = f"loss in nats beside the sliding window, {PLACES} places of {LENGTH} tokens"
+DIGITS, FACTS, FACT_BUDGET = 5, 24, 512
+STATED, SINCE = (1, 4), (600, 1000, 2000)
+RECALL = f"recall of {FACTS} numbers of {DIGITS} digits, budget {FACT_BUDGET}"
+LADDERS: dict[str, dict[str, Any]] = {
+    "LaCache, span 15, overlap 0": {},
+    "LaCache, span 15, overlap 0, one ladder": {"pattern": "contiguous"},
+    "LaCache, span 8, overlap 4": {"span": 8, "overlap": 4},
+    "LaCache, span 11, overlap 9": {"span": 11, "overlap": 9},
+}
 
 
 def texts() -> dict[str, str]:
     """Four kinds of text that are installed with the project."""
-    table = Path(sklearn.datasets.__file__).parent / "data" / "wine_data.csv"
-    packages = Path(sysconfig.get_path("purelib"))
-    licences = sorted(packages.glob("torch-*.dist-info/licenses/**/LICENSE*")) or sorted(packages.rglob("LICENSE*"))
-    legal = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in licences[:40])
+    table = Path(sklearn.datasets.__file__).parent / "data" / "breast_cancer.csv"
     return {
         "documentation": documentation(),
         "source code": source_code(),
-        "licences": legal,
+        "licences": licences(),
         "table of numbers": table.read_text(encoding="utf-8"),
     }
 
 
-def losses(reader: Reader, ids: Tensor) -> Tensor:
-    """(rows, length - 1) losses of the next token, read piece by piece."""
-    found = []
-    with torch.no_grad():
-        for at in range(0, ids.shape[1] - 1, CHUNK):
-            piece, after = ids[:, at : at + CHUNK], ids[:, at + 1 : at + CHUNK + 1]
-            out = reader.model(piece, past_key_values=reader.cache, use_cache=True)
-            reader.cache = out.past_key_values
-            logits = out.logits[:, : after.shape[1]].transpose(1, 2)
-            found.append(torch.nn.functional.cross_entropy(logits, after, reduction="none"))
-    return torch.cat(found, 1)
+def licences() -> str:
+    """The different licences of the packages that are installed."""
+    found: dict[str, None] = {}
+    for package in sorted(importlib.metadata.distributions(), key=lambda one: str(one.metadata["Name"])):
+        for file in package.files or ():
+            if "licen" in file.name.lower() and file.suffix in {"", ".txt", ".md", ".rst"}:
+                path = Path(str(file.locate()))
+                if path.is_file():
+                    found[path.read_text(encoding="utf-8", errors="replace")] = None
+    return "\n".join(found)
 
 
-def prose() -> dict[str, Any]:
-    """A row per text and budget."""
-    model = gratis.open("smollm2")
+def prose(model: Any, budget: int) -> None:
+    """Rows of one budget, a text each."""
     tokenizer = gratis.subjects.tokenizer_of(model)
-    kinds = texts()
-    ids = torch.cat([tokens_of(tokenizer, text, LENGTH + 1) for text in kinds.values()])
-    full, rows = losses(Reader(model, ()), ids), []
-    for budget in track(BUDGETS, description="budgets"):
-        window = losses(Reader(model, (gratis.SlidingWindow(budget=budget),)), ids)
-        ladders = {
-            name: losses(Reader(model, (gratis.LaCache(budget=budget, **settings),)), ids)
-            for name, settings in LADDERS.items()
+    kinds, parts = texts(), []
+    for kind, text in kinds.items():
+        known = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if known < PLACES * LENGTH + 1:
+            raise SystemExit(f"{kind}: {known} tokens are installed here, {PLACES * LENGTH + 1} are needed")
+        parts += [tokens_of(tokenizer, text, LENGTH + 1, place * LENGTH) for place in range(PLACES)]
+    ids = torch.cat(parts).to(model.device)
+    arms: dict[str, tuple[Any, ...]] = {
+        "full cache": (),
+        "sliding window": (gratis.SlidingWindow(budget=budget),),
+        **{name: (gratis.LaCache(budget=budget, **settings),) for name, settings in LADDERS.items()},
+    }
+    loss = {
+        name: Reader(model, methods).losses(ids, CHUNK)[:, max(BUDGETS) :].cpu()
+        for name, methods in track(arms.items(), description=f"budget {budget}")
+    }
+    rows = []
+    for number, kind in enumerate(kinds):
+        here = slice(number * PLACES, (number + 1) * PLACES)
+        means = {name: stretches(values[here]) for name, values in loss.items()}
+        row: dict[str, Any] = {
+            "text": kind,
+            "budget": budget,
+            **{name: round(statistics.fmean(means[name]), 3) for name in ("full cache", "sliding window")},
         }
-        for row, kind in enumerate(kinds):
-            plain = stretches(window[row, budget:])
-            found = {
-                "text": kind,
-                "budget": budget,
-                "full cache": round(statistics.fmean(stretches(full[row, budget:])), 3),
-                "sliding window": round(statistics.fmean(plain), 3),
-            }
-            for name, loss in ladders.items():
-                thinned = stretches(loss[row, budget:])
-                found[f"{name}: difference"] = round(statistics.fmean(thinned) - statistics.fmean(plain), 3)
-                interval = paired_interval(thinned, plain)
-                assert interval is not None
-                found[f"{name}: interval"] = [round(end, 3) for end in interval]
-            rows.append(found)
-        renew("lacache_map", {"repeat": REPEAT, PROSE: rows})
-    return {PROSE: rows}
+        for name in LADDERS:
+            interval = paired_interval(means[name], means["sliding window"])
+            assert interval is not None
+            difference = statistics.fmean(means[name]) - statistics.fmean(means["sliding window"])
+            row[f"{name}: difference"] = round(difference, 3)
+            row[f"{name}: interval"] = [round(end, 3) for end in interval]
+        rows.append(row)
+    order = list(kinds)
+    renew_rows(
+        "lacache_map", PROSE, rows, lambda row: (order.index(row["text"]), row["budget"]), device=model.device.type
+    )
 
 
 def stretches(loss: Tensor) -> list[float]:
-    """Means of stretches of `CHUNK` tokens."""
-    return [float(part.mean()) for part in loss.split(CHUNK) if len(part) == CHUNK]
+    """Means of stretches of `CHUNK` tokens of (rows, length) losses."""
+    whole = loss[:, : loss.shape[1] // CHUNK * CHUNK]
+    return [float(mean) for mean in whole.unflatten(1, (-1, CHUNK)).mean(2).flatten()]
 
 
-def facts() -> dict[str, Any]:
-    """Recall of a number that was stated once, or again and again, and has left the window."""
-    model = gratis.open("smollm2")
+def facts(model: Any, times: int) -> None:
+    """Recall of numbers that were stated so many times, by how many tokens ago the last was."""
     tokenizer = gratis.subjects.tokenizer_of(model)
 
     def ids(text: str) -> list[int]:
@@ -114,39 +124,50 @@ def facts() -> dict[str, Any]:
         "sliding window": (gratis.SlidingWindow(budget=FACT_BUDGET),),
         **{name: (gratis.LaCache(budget=FACT_BUDGET, **settings),) for name, settings in LADDERS.items()},
     }
-    filler = [int(token) for token in tokens_of(tokenizer, FILLER, FACT_LENGTH)[0]]
-    numbers, rows = random.Random(0), []
-    for times in track(STATED, description="facts"):
-        keys = [random_key(numbers) for _ in range(FACTS)]
+    numbers = random.Random(0)
+    keys = [random_key(numbers) for _ in range(FACTS)]
+    filler = [int(token) for token in tokens_of(tokenizer, FILLER, max(SINCE))[0]]
+    for since in track(SINCE, description=f"stated {times} times"):
         batch = []
         for key in keys:
             said = ids(f" The pass key is {key}. Remember it. {key} is the pass key. ")
-            between = filler[: FACT_LENGTH // 10]
-            batch.append(
-                [*(said + between) * times, *filler, *ids(" What is the pass key? The pass key is"), *ids(f" {key}")]
-            )
+            again = (said + filler[:100]) * (times - 1) + said
+            batch.append([*again, *filler[:since], *ids(" What is the pass key? The pass key is"), *ids(f" {key}")])
         if len({len(one) for one in batch}) > 1:
             raise SystemExit("keys of different lengths in tokens: choose another seed")
-        text = torch.tensor(batch)
-        found: dict[str, Any] = {"stated": times, "tokens since": FACT_LENGTH, "budget": FACT_BUDGET}
+        text = torch.tensor(batch, device=model.device)
+        row: dict[str, Any] = {"stated": times, "tokens since": since}
         for name, methods in arms.items():
-            loss = losses(Reader(model, methods), text)[:, -DIGITS:]
-            found[f"{name}, nats per digit"] = round(float(loss.mean()), 3)
-        rows.append(found)
-        renew("lacache_map", {"repeat": REPEAT, RECALL: rows})
-    return {RECALL: rows}
+            reader, losses, right = Reader(model, methods), [], torch.ones(FACTS, dtype=torch.bool)
+            logits = reader.read(text[:, :-DIGITS], CHUNK)
+            for digit in text[:, -DIGITS:].unbind(1):
+                losses.append(float(torch.nn.functional.cross_entropy(logits, digit)))
+                right &= (logits.argmax(-1) == digit).cpu()
+                logits = reader.read(digit[:, None])
+            row[f"{name}: nats per digit"] = round(statistics.fmean(losses), 3)
+            row[f"{name}: right"] = int(right.sum())
+        renew_rows(
+            "lacache_map", RECALL, [row], lambda row: (row["stated"], row["tokens since"]), device=model.device.type
+        )
 
 
-PARTS = {"prose": prose, "facts": facts}
+PARTS = {**{f"prose:{budget}": (prose, budget) for budget in BUDGETS}, **{f"facts:{n}": (facts, n) for n in STATED}}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or list(PARTS)
-    if unknown := set(wanted) - set(PARTS):
-        raise SystemExit(f"no part {sorted(unknown)}: choose among {list(PARTS)}")
-    for part in wanted:
-        renew("lacache_map", {"repeat": REPEAT, **PARTS[part]()})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {list(PARTS)}, or prose, or facts")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    if unknown := set(given.parts) - {"prose", "facts", *PARTS}:
+        parser.error(f"no part {sorted(unknown)}: choose among {['prose', 'facts', *PARTS]}")
+    asked = given.parts or ["prose", "facts"]
+    wanted = [name for name in PARTS if name in asked or name.partition(":")[0] in asked]
+    model = gratis.open("smollm2", dtype="float32", device=given.device)
+    for name in wanted:
+        measure, setting = PARTS[name]
+        measure(model, setting)
 
 
 if __name__ == "__main__":

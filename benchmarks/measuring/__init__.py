@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import venv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -84,12 +87,67 @@ def store(name: str, content: dict[str, Any]) -> Path:
 
 
 def stored(name: str) -> dict[str, Any]:
-    """What an earlier run stored, without machine and date; nothing where there was none."""
+    """What earlier runs stored, without the machine and date of `store`; nothing where there was none."""
     path = RESULTS / f"{name}.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {key: value for key, value in old.items() if key not in {"date", "machine", "versions"}}
 
 
-def renew(name: str, content: dict[str, Any]) -> Path:
-    """`store`, keeping the parts of an earlier result that `content` does not renew."""
-    return store(name, {**stored(name), **content})
+def renew(name: str, content: dict[str, Any], device: str = "cpu") -> None:
+    """Write these parts of benchmarks/results/NAME.json, each with when, where and how it was measured; keep the others.
+
+    Processes that run side by side may write to one file.
+    """
+    with _locked(name):
+        _write(name, {**stored(name), **content}, list(content), device)
+    print(json.dumps(content, indent=1))
+
+
+def renew_rows(
+    name: str, title: str, rows: Sequence[dict[str, Any]], place: Callable[[dict[str, Any]], Any], device: str = "cpu"
+) -> None:
+    """As `renew` for rows of one table, which stand in the order of `place(row)`: rows and columns that are not given
+    stay as they are, unless they were measured on another device.
+    """
+    with _locked(name):
+        old = stored(name)
+        here = old.get("measured", {}).get(title, {}).get("device") == _device(device)
+        table: dict[Any, dict[str, Any]] = {place(row): row for row in old.get(title, [])} if here else {}
+        for row in rows:
+            table[place(row)] = {**table.get(place(row), {}), **row}
+        _write(name, {**old, title: [table[key] for key in sorted(table)]}, [title], device)
+    print(json.dumps({title: list(rows)}, indent=1))
+
+
+def _write(name: str, found: dict[str, Any], fresh: Sequence[str], device: str) -> None:
+    versions = environment()["versions"]
+    here = {
+        "date": date.today().isoformat(),
+        "device": _device(device),
+        **{package: versions[package] for package in ("torch", "transformers") if package in versions},
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+    tables = [key for key in fresh if isinstance(found[key], (dict, list))]
+    measured = {**found.pop("measured", {}), **dict.fromkeys(tables, here)}
+    found["measured"] = {key: where for key, where in measured.items() if key in found}
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    half.replace(path)
+
+
+def _device(device: str) -> str:
+    """The name of what computes."""
+    if device == "cpu":
+        return str(environment()["processor"])
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    with (Path(tempfile.gettempdir()) / f"gratis-{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import gratis
 
@@ -21,7 +22,7 @@ def twin(model: Any) -> Any:
 
 
 class Reader:
-    """One arm: a model with methods on it, the cache of the text read so far, and its length."""
+    """One arm: a model with methods on it, the cache of the texts read so far, and their length."""
 
     def __init__(self, model: Any, methods: tuple[Any, ...]) -> None:
         self.model = twin(model)
@@ -31,27 +32,37 @@ class Reader:
         self.seconds = 0.0
         """Process CPU seconds of the last call."""
 
-    def read(self, ids: Tensor, chunk: int | None = None, *, logits: bool = False) -> Tensor:
-        """Read ids (1, length) in pieces; return logits (length, vocabulary), or of the last token only."""
-        kept, options = [], {} if logits else {"logits_to_keep": 1}
+    @torch.no_grad()
+    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
+        """Read ids (rows, length) in pieces; return logits (rows, vocabulary) of the next token."""
         begin = time.process_time()
-        with torch.no_grad():
-            for piece in ids.split(chunk or ids.shape[1], 1):
-                out = self.model(piece, past_key_values=self.cache, use_cache=True, **options)
-                self.cache = out.past_key_values
-                kept = [*kept, out.logits[0]] if logits else [out.logits[0]]
+        for piece in ids.split(chunk or ids.shape[1], 1):
+            out = self.model(piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.cache = out.past_key_values
         self.seconds = time.process_time() - begin
         self.at += ids.shape[1]
-        return torch.cat(kept)
+        return out.logits[:, -1]  # type: ignore[no-any-return]
 
-    def write(self, logits: Tensor, count: int) -> list[int]:
-        """`count` tokens, the likeliest each time, after logits (1, vocabulary)."""
-        written: list[int] = []
+    @torch.no_grad()
+    def losses(self, ids: Tensor, chunk: int) -> Tensor:
+        """(rows, length) losses of the tokens after each of ids (rows, length + 1) but the last, which are read."""
+        found = []
+        for at in range(0, ids.shape[1] - 1, chunk):
+            piece, after = ids[:, :-1][:, at : at + chunk], ids[:, at + 1 : at + chunk + 1]
+            out = self.model(piece, past_key_values=self.cache, use_cache=True)
+            self.cache = out.past_key_values
+            found.append(cross_entropy(out.logits.transpose(1, 2).float(), after, reduction="none"))
+        self.at += ids.shape[1] - 1
+        return torch.cat(found, 1)
+
+    def write(self, logits: Tensor, count: int) -> Tensor:
+        """(rows, count) tokens, the likeliest each time, after logits (rows, vocabulary)."""
+        written: list[Tensor] = []
         for _ in range(count):
-            written.append(int(logits[-1].argmax()))
+            written.append(logits.argmax(-1, keepdim=True))
             if len(written) < count:
-                logits = self.read(torch.tensor([[written[-1]]]))
-        return written
+                logits = self.read(written[-1])
+        return torch.cat(written, 1)
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
