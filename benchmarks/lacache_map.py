@@ -31,6 +31,8 @@ from gratis.trials.statistics import paired_interval
 
 LENGTH, PLACES, CHUNK, BUDGETS = 5120, 2, 32, (128, 256, 512, 1024)
 PROSE = f"loss in nats beside the sliding window, {PLACES} places of {LENGTH} tokens"
+ENOUGH = 300_000
+"""Characters of licences that are read."""
 DIGITS, FACTS, FACT_BUDGET = 5, 24, 512
 STATED, SINCE = (1, 4), (600, 1000, 2000)
 RECALL = f"recall of {FACTS} numbers of {DIGITS} digits, budget {FACT_BUDGET}"
@@ -60,7 +62,7 @@ def licences() -> str:
         for file in package.files or ():
             if "licen" in file.name.lower() and file.suffix in {"", ".txt", ".md", ".rst"}:
                 path = Path(str(file.locate()))
-                if path.is_file():
+                if path.is_file() and sum(map(len, found)) < ENOUGH:
                     found[path.read_text(encoding="utf-8", errors="replace")] = None
     return "\n".join(found)
 

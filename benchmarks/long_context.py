@@ -177,7 +177,9 @@ def loss(name: str, device: str) -> None:
     if name == TOP_K:
         one_by_one(model, ids, device)
         return
-    length, reader, losses = FULL if name == "full cache" else STREAMED, Reader(model, ARMS[name]), []
+    length, losses = FULL if name == "full cache" else STREAMED, []
+    methods = ARMS[name] if name != "InfLLM" or device == "cpu" else (gratis.InfLLM(**INFLLM, store="device"),)
+    reader = Reader(model, methods)
     for start in track(range(0, length, LOSS_SEGMENT), description=name):
         losses.append(reader.losses(ids[:, start : start + LOSS_SEGMENT + 1], CHUNK).mean(1).cpu())
     for number, kind in enumerate(KINDS):

@@ -2,7 +2,7 @@
 
     python docs/plots.py
 
-Reads benchmarks/results/{long_context,retrieval,lacache_map}.json and writes docs/guides/memory-*.svg.
+Reads benchmarks/results/{long_context,long_context_gpu,retrieval,lacache_map}.json and writes docs/guides/memory-*.svg.
 """
 
 from __future__ import annotations
@@ -44,20 +44,51 @@ def main() -> None:
 
 def pictures() -> dict[str, str]:
     """SVG by name; what was not measured yet is not drawn."""
-    long, recalled, ladder = (
-        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("long_context", "retrieval", "lacache_map")
+    long, gpu, recalled, ladder = (
+        _stored(name) for name in ("long_context", "long_context_gpu", "retrieval", "lacache_map")
     )
-    made = {"recall": recall(recalled)}
+    made = {}
+    if found := {title: rows for title, rows in recalled.items() if " tokens of " in title}:
+        made["recall"] = recall(found)
     if times := _table(long, "time per decoded token"):
         made["time"] = lines(times, "history", "tokens read before", "time per token (ms)")
     if prose := _table(ladder, "loss in nats"):
         made["map"] = heat_map(prose)
-    streams = {"loss": ("loss of each stretch", "loss (nats)"), "memory": ("memory of the process", "memory (MB)")}
+    if facts := _table(ladder, "recall of"):
+        made["facts"] = fact_map(facts, int(next(key for key in ladder if key.startswith("recall of")).split()[2]))
+    streams = {
+        "loss": ("loss of each stretch in nats, documentation", "loss (nats)"),
+        "loss-code": ("loss of each stretch in nats, source code", "loss (nats)"),
+        "process": ("memory of the process", "memory of the process (MB)"),
+        "near": ("keys and values on the model's device", "keys and values on the device (MB)"),
+    }
     for name, (title, unit) in streams.items():
         if rows := _table(long, title):
             made[name] = lines(rows, "read", "tokens read", unit, marks=[(WINDOW, "trained window")])
+    columns = {
+        "gpu-speed": ("tokens written per second", "tokens written per second"),
+        "gpu-reading": ("tokens read per second", "tokens read per second"),
+        "gpu-memory": ("peak memory writing, MB", "peak memory above the weights, writing (MB)"),
+    }
+    for name, (column, label) in columns.items():
+        if table := by_history(_table(gpu, "writing after"), column):
+            made[name] = lines(table, "history", "tokens read before", label)
     return made
+
+
+def by_history(rows: Sequence[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    """A row per history with a column per arm, of what ran; of several forms of one arm, the first."""
+    table: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if column in row:
+            of_history = table.setdefault(row["history"], {"history": row["history"]})
+            of_history.setdefault(row["arm"].partition(",")[0], row[column])
+    return [table[history] for history in sorted(table)]
+
+
+def _stored(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _table(results: dict[str, Any], title: str) -> list[dict[str, Any]]:
@@ -69,7 +100,7 @@ def lines(
     rows: Sequence[dict[str, Any]], x: str, x_label: str, y_label: str, marks: Sequence[tuple[float, str]] = ()
 ) -> str:
     """A line per column of a table."""
-    names = [name for name in rows[0] if name != x]
+    names = list(dict.fromkeys(name for row in rows for name in row if name != x))
     drawn = []
     for name in names:
         known = [(row[x], row[name]) for row in rows if name in row]
@@ -81,59 +112,95 @@ def lines(
     return standalone(line_plot(drawn, WIDE), [(line.label, line.colour) for line in drawn])
 
 
-def recall(results: dict[str, Any]) -> str:
-    """How many hidden numbers each arm found, by length of the text and depth; green where it found all."""
-    settings = [(key, value) for key, value in results.items() if "tokens" in key and isinstance(value, list)]
-    depths = results["depths"]
-    left, top, width, height, line = 170, 34, 110, 34, 0
-    parts = [
-        f'<text x="{left + place * width + 6}" y="20">depth {depth:.0%}</text>' for place, depth in enumerate(depths)
-    ]
-    for title, rows in settings:
-        parts.append(f'<text x="4" y="{top + line * height + 21}">{escape(title)}</text>')
-        line += 1
-        for row in rows:
-            y, each = top + line * height, row["of"] // len(depths)
-            parts.append(f'<text class="label" x="4" y="{y + 21}">{escape(row["arm"])}</text>')
-            for place, found in enumerate(row["found by depth"]):
-                kind, x = "better" if found == each else "worse" if not found else "even", left + place * width
-                parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{width - 3}" height="{height - 3}" rx="4"/>')
-                parts.append(f'<text class="label" x="{x + 10}" y="{y + 21}">{found} of {each}</text>')
-            low, high = row["interval"]
-            said = f"{row['found']} of {row['of']}, 95 % interval {low:.2f} to {high:.2f}"
-            parts.append(f'<text x="{left + len(depths) * width + 10}" y="{y + 21}">{said}</text>')
-            line += 1
-    size = (left + len(depths) * width + 260, top + line * height + 8)
-    drawn = f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="numbers found by depth">'
-    return standalone(drawn + "".join(parts) + "</svg>", [])
+def recall(tables: dict[str, Any]) -> str:
+    """How many hidden numbers each arm found, by length of the text and depth; green where it found all, red none."""
+    order = sorted(tables, key=lambda title: (title.split()[-1] != "filler", int(title.split()[0])))
+    arms = list(dict.fromkeys(row["arm"] for rows in tables.values() for row in rows))
+    depths = [key for key in next(iter(tables.values()))[0] if key.startswith("depth")]
+    left, top, cell, height, gap = 150, 52, 38, 26, 16
+    panel, last, parts = cell * len(depths) + gap, "filler", []
+    for place, arm in enumerate(arms):
+        start = left + place * panel
+        parts.append(f'<text class="label" x="{start}" y="18">{escape(arm)}</text>')
+        parts += [
+            f'<text x="{start + column * cell + 3}" y="42">{float(depth.split()[1]):.0%}</text>'
+            for column, depth in enumerate(depths)
+        ]
+    y = top
+    for title in order:
+        length, prose = int(title.split()[0]), title.split()[-1]
+        y += 0 if prose == last else gap // 2
+        last = prose
+        parts.append(f'<text class="label" x="4" y="{y + 18}">{length:,} {escape(prose)}</text>')
+        rows = {row["arm"]: row for row in tables[title]}
+        for place, arm in enumerate(arms):
+            if arm not in rows:
+                continue
+            each = rows[arm]["of"] // len(depths)
+            for column, depth in enumerate(depths):
+                found, x = rows[arm][depth], left + place * panel + column * cell
+                kind = "better" if found == each else "worse" if not found else "even"
+                parts.append(_cell(kind, x, y, cell, height, f"{found}/{each}", 5))
+        y += height
+    parts.append(f'<text x="{left}" y="{y + 18}">columns: depth of the number in the text; rows: tokens</text>')
+    return _drawn(left + len(arms) * panel, y + 28, "numbers found by method, length and depth", parts)
 
 
 def heat_map(rows: Sequence[dict[str, Any]]) -> str:
-    """LaCache minus sliding window by text, budget and ladder; coloured where the interval excludes zero."""
+    """LaCache minus sliding window by ladder, text and budget; coloured where the interval excludes zero."""
     texts = list(dict.fromkeys(row["text"] for row in rows))
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    budgets = sorted({row["budget"] for row in rows})
     ladders = [key.removesuffix(": difference") for key in rows[0] if key.endswith(": difference")]
-    left, top, width, height = 140, 52, 130, 34
-    parts = []
-    for group, ladder in enumerate(ladders):
-        start = left + group * len(budgets) * width
-        parts.append(f'<text class="label" x="{start + 6}" y="18">{escape(ladder)}</text>')
-        for place, budget in enumerate(budgets):
-            parts.append(f'<text x="{start + place * width + 6}" y="40">budget {budget}</text>')
-            for line, text in enumerate(texts):
-                row = next(r for r in rows if r["text"] == text and r["budget"] == budget)
+    left, top, width, height = 140, 30, 170, 30
+    parts = [
+        f'<text x="{left + place * width + 6}" y="18">budget {budget}</text>' for place, budget in enumerate(budgets)
+    ]
+    y = top
+    for ladder in ladders:
+        parts.append(f'<text class="label" x="4" y="{y + 20}">{escape(ladder)}</text>')
+        y += height
+        for text in texts:
+            parts.append(f'<text x="14" y="{y + 20}">{escape(text)}</text>')
+            for place, budget in enumerate(budgets):
+                row = next((r for r in rows if r["text"] == text and r["budget"] == budget), None)
+                if row is None:
+                    continue
                 low, high = row[f"{ladder}: interval"]
                 kind = "better" if high < 0 else "worse" if low > 0 else "even"
-                x, y = start + place * width, top + line * height
-                parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{width - 3}" height="{height - 3}" rx="4"/>')
-                parts.append(
-                    f'<text class="label" x="{x + 10}" y="{y + 21}">{row[f"{ladder}: difference"]:+.3f}</text>'
-                )
-    for line, text in enumerate(texts):
-        parts.append(f'<text class="label" x="4" y="{top + line * height + 21}">{escape(text)}</text>')
-    total = (left + len(ladders) * len(budgets) * width, top + len(texts) * height + 8)
-    drawn = f'<svg viewBox="0 0 {total[0]} {total[1]}" role="img" aria-label="LaCache minus sliding window, nats">'
-    return standalone(drawn + "".join(parts) + "</svg>", [])
+                said = f"{row[f'{ladder}: difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+                parts.append(_cell(kind, left + place * width, y, width, height, said, 8))
+            y += height
+    return _drawn(left + len(budgets) * width, y + 8, "LaCache minus sliding window, nats", parts)
+
+
+def fact_map(rows: Sequence[dict[str, Any]], trials: int) -> str:
+    """How many numbers were written right, by arm, how often they were stated and how long ago."""
+    arms = [key.removesuffix(": right") for key in rows[0] if key.endswith(": right")]
+    left, top, width, height = 270, 44, 110, 30
+    parts, y = [], top
+    for place, row in enumerate(rows):
+        times = "once" if row["stated"] == 1 else f"{row['stated']} times"
+        parts.append(f'<text x="{left + place * width + 4}" y="16">stated {times}</text>')
+        parts.append(f'<text x="{left + place * width + 4}" y="34">{row["tokens since"]:,} tokens ago</text>')
+    for arm in arms:
+        parts.append(f'<text class="label" x="4" y="{y + 20}">{escape(arm)}</text>')
+        for place, row in enumerate(rows):
+            found = row[f"{arm}: right"]
+            kind = "better" if found == trials else "worse" if not found else "even"
+            said = f"{found} of {trials}"
+            parts.append(_cell(kind, left + place * width, y, width, height, said, 8))
+        y += height
+    return _drawn(left + len(rows) * width, y + 8, "numbers written right", parts)
+
+
+def _cell(kind: str, x: int, y: int, width: int, height: int, said: str, inside: int) -> str:
+    box = f'<rect class="{kind}" x="{x}" y="{y}" width="{width - 2}" height="{height - 2}" rx="3"/>'
+    return f'{box}<text class="label" x="{x + inside}" y="{y + height // 2 + 4}">{escape(said)}</text>'
+
+
+def _drawn(width: int, height: int, said: str, parts: Sequence[str]) -> str:
+    opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">'
+    return standalone(opening + "".join(parts) + "</svg>", [])
 
 
 def standalone(svg: str, keys: Sequence[tuple[str, str]]) -> str:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -38,6 +37,8 @@ def median_seconds(arms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[s
 
 def peer_python(name: str, *packages: str) -> Path:
     """The interpreter of an environment with a peer's packages and torch, made at the first use (needs a network)."""
+    import venv
+
     folder = cache_folder() / "peers" / name
     python = folder / "bin" / "python"
     if not (folder / ".complete").exists():

@@ -45,8 +45,9 @@ Model = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the task's data and draws.")]
 
-DEMO_TOKENS, DEMO_RECALL, DEMO_BUDGET = 12000, 4000, 1024
+DEMO_TOKENS, DEMO_RECALL, DEMO_BUDGET = 12000, 3000, 1024
 QUICK_TOKENS, QUICK_RECALL, QUICK_BUDGET = 1536, 1024, 256
+DEMO_DEPTHS = 4
 
 
 def _version(wanted: bool) -> None:
@@ -169,7 +170,7 @@ def demo(
     half, sinks, block = budget // 2, 32, 32
     settings = {"window": half, "sinks": sinks, "block": block, "blocks": (half - sinks) // block, "lookup": 128}
     chosen = arguments.method("infllm", [f"{key}={value}" for key, value in settings.items()])
-    given = {"tokens": tokens, "recall": recall}
+    given = {"tokens": tokens, "recall": recall, "depths": DEMO_DEPTHS}
     task = arguments.task("long-reading", [f"{key}={value}" for key, value in given.items()], chosen)
     rivals = [f"sliding-window:budget={budget}", f"lacache:budget={budget}"]
     command = shlex.join(
@@ -183,6 +184,8 @@ def demo(
     against = [arguments.rival(rival) for rival in rivals]
     trial = _measure(chosen, "smollm2", task, against, 1, 0, show=not as_json, command=command)
     _present(trial, out, as_json)
+    if not as_json:
+        terminal.print_purposes(trial, ("recall", "tail_loss", "cache_bytes"))
 
 
 @app.command()

@@ -112,6 +112,23 @@ def print_trial(trial: Trial) -> None:
     out.print(Text(f"{runs} of each; warm-up: {trial.warm_up}; seed {trial.seed}", style="dim"))
 
 
+def print_purposes(trial: Trial, metrics: Sequence[str]) -> None:
+    """What each arm is for, with a few of its figures."""
+    from rich.text import Text
+
+    from gratis.contract.catalogue import catalogue
+    from gratis.trials import words
+
+    out = console()
+    summaries = {entry.class_name: entry.card.summary for entry in catalogue.entries.values()}
+    out.print(Text("\nWhat each is for", style="bold"))
+    for arm in trial.arms:
+        does = summaries.get(arm.label, "the model as it comes: everything is kept, and memory grows with the text")
+        shown = [trial.metric(name) for name in metrics]
+        said = ", ".join(f"{one.title} {words.number(arm.metrics[one.name].median, one.unit)}" for one in shown)
+        out.print(Text(f"• {arm.label}: {does} ({said})"))
+
+
 def print_claim(result: ClaimResult, out: Console) -> None:
     """One claim: PASS or FAIL, its figure against its bound."""
     from rich.markup import escape
