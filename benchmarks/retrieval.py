@@ -129,6 +129,7 @@ def main() -> None:
             parser.error(f"no part {part!r}: choose among {list(SETTINGS)}, with :ARM for one of {list(ARMS)}")
         settings = [SETTINGS[name]] if name else list(SETTINGS.values())
         chosen += [(setting, arm) for setting in settings for arm in ARMS if only in ("", arm)]
+    chosen = list(dict.fromkeys(chosen))
     model = gratis.open("smollm2", dtype=given.dtype, device=given.device)
     tokenizer = gratis.subjects.tokenizer_of(model)
     for setting, arm in chosen:
