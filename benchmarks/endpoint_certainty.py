@@ -30,7 +30,9 @@ KINDS = ("chain_sum", "products", "gcd")
 @torch.no_grad()
 def scores(model: Any, prompt: torch.Tensor, tokens: list[int]) -> dict[str, tuple[float, float]]:
     """Exact score and bounds of one response, each with the share of tokens at which the bound was set to a floor."""
-    logits = model(torch.cat([prompt, torch.tensor([tokens], device=prompt.device)], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
+    logits = model(torch.cat([prompt, torch.tensor([tokens], device=prompt.device)], dim=1)).logits[
+        0, prompt.shape[1] - 1 : -1
+    ]
     found = {"exact": (float(self_certainty(logits).mean()), 0.0)}
     for count in TOLD:
         top = logits.double().log_softmax(-1).topk(count).values

@@ -246,7 +246,10 @@ class Text:
         if (
             others - {"attention_mask", "position_ids"}
             or (positions is not None and positions.dim() != 2)
-            or any(type(layer) not in {DynamicLayer, GrowingLayer} or layer.get_seq_length() != length for layer in cache.layers)
+            or any(
+                type(layer) not in {DynamicLayer, GrowingLayer} or layer.get_seq_length() != length
+                for layer in cache.layers
+            )
         ):
             return False
         if self._heeds is None:
@@ -325,7 +328,15 @@ def _share_keys(model: Any, scope: Scope) -> None:
         install_attention(model, "branches", _attend_shared, scope)
 
 
-_WITHOUT_EFFECT = {"scaling", "dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position"}
+_WITHOUT_EFFECT = {
+    "scaling",
+    "dropout",
+    "is_causal",
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "cache_position",
+}
 """What a model may pass to its attention, and the product with a mask heeds or need not know."""
 
 

@@ -72,6 +72,60 @@ class Samples:
         return (values.where(inside, 0.0).sum(0) / inside.sum(0)).tolist()
 
 
+def single_response(
+    model: Any, ids: Tensor, start: int, criteria: Any, config: Any, *, passes: int, details: dict[str, Any],
+    ended: bool = True, discarded: int = 0, encoded: int | None = None, **output: Any,
+) -> Samples:  # fmt: skip
+    """What a decoding loop of one's own returns for its one response.
+
+    ids: (1, length) prompt and response, which begins at `start`; `criteria` and `config` are what transformers handed
+    to the loop, `output` what else the call's output object holds. `ended` is whether the text ended by itself, where
+    no criterion of the call says so: at a limit of length or time a response counts as truncated.
+    """
+    returned: Any = ids
+    if config.return_dict_in_generate:
+        from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+        kind: Any = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
+        returned = kind(sequences=ids, **output)
+    limited = stops([one for one in criteria if isinstance(one, _LIMITS)], ids)
+    itself = stops([one for one in criteria if not isinstance(one, _LIMITS)], ids)
+    pad = config._pad_token_tensor
+    return Samples(
+        output=returned,
+        start=start,
+        lengths=[ids.shape[1] - start],
+        truncated=[not itself and (limited or not ended)],
+        statistics=None,
+        passes=passes,
+        encoded=start if encoded is None else encoded,
+        pad=None if pad is None else int(pad),
+        discarded=discarded,
+        details=details,
+    )
+
+
+_LIMITS = (MaxLengthCriteria, MaxTimeCriteria)
+
+
+def stops(criteria: Sequence[Any], ids: Tensor) -> bool:
+    """Whether one of the stopping criteria ends the texts (rows, length)."""
+    return any(bool(one(ids, None).all()) for one in criteria)
+
+
+def refuse_internals(config: Any, method: str, scores: bool = True) -> None:
+    """Raise InputError where a call asks for what a decoding loop of one's own does not keep.
+
+    `scores` is whether scores and logits are kept.
+    """
+    if config.output_attentions or config.output_hidden_states:
+        raise InputError(
+            f"{method} keeps no attentions or hidden states: leave out output_attentions and _hidden_states."
+        )
+    if not scores and (config.output_scores or config.output_logits):
+        raise InputError(f"{method} keeps no scores or logits: leave out output_scores and output_logits.")
+
+
 class Recorder(LogitsProcessor):
     """Measures the raw logits of every step, at temperature 1 and before any processor, and passes them on unchanged.
 
@@ -161,7 +215,7 @@ class _Ends(StoppingCriteriaList):
         limit = itself.clone()
         for criterion in self:
             done = criterion(input_ids, scores, **kwargs)
-            if isinstance(criterion, (MaxLengthCriteria, MaxTimeCriteria)):
+            if isinstance(criterion, _LIMITS):
                 limit = limit | done
             else:
                 itself = itself | done

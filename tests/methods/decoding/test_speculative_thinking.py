@@ -7,9 +7,10 @@ import torch
 
 import gratis
 from gratis.contract.errors import InputError, ParameterError, SubjectError
-from gratis.methods.decoding.speculative_thinking import LARGE, SMALL, Thinking, think
+from gratis.methods.decoding.speculative_thinking import Thinking
 from gratis.subjects.chat import Chat, ChatError, Reply, Usage
 from gratis.subjects.opening import set_tokenizer
+from gratis.subjects.taking_turns import LARGE, SMALL
 from gratis.subjects.writers import ChatWriter, Draft
 from gratis.zoo.arithmetic import CHARACTERS
 from gratis.zoo.text import character_tokenizer
@@ -23,8 +24,8 @@ def played(script, **options):
     """The log of turns and the state after the scripted drafts: texts, or Drafts."""
     method = gratis.SpeculativeThinking(**options)
     writer = ChatWriter("", Chat(lambda messages, **_: ""), [{"role": "user", "content": "q"}], delimiters=("\n\n",))
-    state, log, entries = Thinking(), [], list(script)
-    machine = think(method, state, writer.split)
+    state, log, entries = Thinking(method, writer.split), [], list(script)
+    machine = state.run()
     draft = None
     try:
         while True:
@@ -48,20 +49,20 @@ PARAGRAPH = (SMALL, 1024, "")
 def test_a_neutral_probe_is_kept_as_the_small_models_next_tokens():
     log, state = played(["one\n\n", "two and", "two and three<end>"])
     assert log == [PARAGRAPH, PROBE, PARAGRAPH]
-    assert state.text == "one\n\ntwo and three<end>"
-    assert (state.neutral, state.target_calls, state.ended) == (1, 0, True)
+    assert str(state.text) == "one\n\ntwo and three<end>"
+    assert (state.neutral, state.target_calls, state.text.ended) == (1, 0, True)
 
 
 def test_the_release_mode_draws_a_neutral_probe_anew():
     log, state = played(["one\n\n", "two and", "other<end>"], reuse_probe=False)
     assert log == [PARAGRAPH, PROBE, PARAGRAPH]
-    assert state.text == "one\n\nother<end>"
+    assert str(state.text) == "one\n\nother<end>"
 
 
 def test_a_kept_probe_is_probed_again_behind_a_delimiter_within():
     log, state = played(["one\n\n", "two\n\nthree", "wait three", "Four.", "five<end>"])
     assert log == [PARAGRAPH, PROBE, PROBE, TARGET, PARAGRAPH]
-    assert state.text == "one\n\ntwo\n\nFour.five<end>"
+    assert str(state.text) == "one\n\ntwo\n\nFour.five<end>"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_takeovers(probe, kept, negatives, log):
     more = ["and more "] if MORE in log else []
     turns, state = played(["one\n\n", probe, kept, *more, "done<end>"])
     assert turns == [PARAGRAPH, PROBE, *log, PARAGRAPH]
-    assert state.text == "one\n\n" + kept + "".join(more) + "done<end>"
+    assert str(state.text) == "one\n\n" + kept + "".join(more) + "done<end>"
     assert state.negatives == negatives
     assert [one["beside"] for one in state.takeovers] == [probe, ""][: len(log)]
 
@@ -98,7 +99,7 @@ def test_ties_are_negative_and_words_count_within_words(text, sign):
 )  # fmt: skip
 def test_without_choose_large_the_target_is_taken_where_signs_disagree(probe, target, taken):
     _, state = played(["one\n\n", probe, target, "<end>"], choose_large=False)
-    assert state.text == "one\n\n" + (target if taken else probe) + "<end>"
+    assert str(state.text) == "one\n\n" + (target if taken else probe) + "<end>"
     assert state.negatives == int((not taken and probe == "wait") or (taken and target == "wait"))
 
 
@@ -124,29 +125,29 @@ def test_many_negatives_bring_a_review_that_grows_to_its_caps():
     reviews = [turn for turn in log if turn[2]]
     sentence = "Let me check whether there are some wrong steps:"
     assert reviews == [(LARGE, 10, sentence), (LARGE, 14, sentence), (LARGE, 15, sentence)]
-    assert sentence + "found it. p\n\n" in state.text
+    assert sentence + "found it. p\n\n" in str(state.text)
     assert [one["kind"] for one in state.takeovers].count("takeover") == 8
 
 
 def test_the_target_may_begin_and_may_always_be_asked():
     log, state = played(["Begin. ", "one\n\n", "plain", "Taken. ", "x<end>"], begin=True, not_reasoning=True)
     assert log == [(LARGE, 100, ""), PARAGRAPH, PROBE, TARGET, PARAGRAPH]
-    assert state.text == "Begin. one\n\nTaken. x<end>"
+    assert str(state.text) == "Begin. one\n\nTaken. x<end>"
 
 
 def test_an_end_within_a_takeover_ends_the_answer():
     log, state = played(["one\n\n", "let me check", "verify<end>"])
     assert log[-1] == TARGET
-    assert state.text == "one\n\nverify<end>"
-    assert state.ended
-    assert played(["one\n\n", "wait", Draft()])[1].ended, "an empty target text is an end"
+    assert str(state.text) == "one\n\nverify<end>"
+    assert state.text.ended
+    assert played(["one\n\n", "wait", Draft()])[1].text.ended, "an empty target text is an end"
 
 
 def test_a_failing_target_leaves_the_small_models_draft_and_is_left_alone_after_three():
     lost = Draft(error="timed out")
     turn = ["p\n\n", "wait", lost]
     log, state = played([*turn, *turn, *turn, "rest\n\n", "more<end>"])
-    assert state.text == "p\n\nwait" * 3 + "rest\n\nmore<end>"
+    assert str(state.text) == "p\n\nwait" * 3 + "rest\n\nmore<end>"
     assert (state.failed_calls, state.negatives) == (3, 3)
     assert "3 times in a row, at last: timed out" in state.small_only
     assert log[-2:] == [PARAGRAPH, PARAGRAPH], "no more probes"
@@ -158,10 +159,10 @@ def test_the_model_that_has_room_finishes():
     full = Draft(error="full", full=True)
     log, state = played(["one\n\n", "wait", full, "two<end>"])
     assert "target stopped" in state.small_only
-    assert state.text == "one\n\nwaittwo<end>"
+    assert str(state.text) == "one\n\nwaittwo<end>"
     log, state = played(["one\n\n", full, full, "rest<end>"])
     assert log[-1] == (LARGE, 1024, "")
-    assert state.text == "one\n\nrest<end>"
+    assert str(state.text) == "one\n\nrest<end>"
 
 
 def test_nothing_is_taken_over_in_code_or_behind_the_answer():
@@ -173,7 +174,7 @@ def test_nothing_is_taken_over_in_code_or_behind_the_answer():
 def test_a_word_before_each_probe_is_part_of_the_text_only_with_its_draft():
     log, state = played(["one\n\n", "neutral", "two\n\n", "wait", "Taken<end>"], help_think_word="Hmm, ")
     assert log == [PARAGRAPH, (SMALL, 20, "Hmm, "), PARAGRAPH, (SMALL, 20, "Hmm, "), (LARGE, 20, "Hmm, ")]
-    assert state.text == "one\n\ntwo\n\nHmm, Taken<end>"
+    assert str(state.text) == "one\n\ntwo\n\nHmm, Taken<end>"
 
 
 # On models

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
 from gratis.contract.attach import Scope
 from gratis.contract.card import Card, Claim
@@ -22,7 +21,7 @@ from gratis.contract.parameters import param
 from gratis.subjects.branching import Text, check_continues
 from gratis.subjects.generate_door import Choice, check_generates, install_choice, put
 from gratis.subjects.opening import tokenizer_of
-from gratis.subjects.sampling_loop import Samples, perturbed
+from gratis.subjects.sampling_loop import Samples, perturbed, refuse_internals, single_response
 
 
 class CNTP(Decoding):
@@ -174,10 +173,7 @@ class CautiousLoop:
         **model_kwargs: Any,
     ) -> Samples:
         """Decode one response. The arguments are those that transformers hands to a decoding loop."""
-        if generation_config.output_attentions or generation_config.output_hidden_states:
-            raise InputError(
-                "CNTP keeps no attentions or hidden states: leave out output_attentions and _hidden_states."
-            )
+        refuse_internals(generation_config, "CNTP")
         start = input_ids.shape[1]
         text = Text(model, input_ids, generation_config, model_kwargs)
         processors = _Processors(logits_processor)
@@ -263,38 +259,31 @@ class CautiousLoop:
     def _samples(
         self, model: Any, text: Text, start: int, stopping_criteria: Any, generation_config: Any, kept: _Kept
     ) -> Samples:
-        output: Any = text.ids
         if generation_config.return_dict_in_generate:
-            from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
-
-            kind: Any = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
             text.catch_up()
-            output = kind(sequences=text.ids, scores=kept.scores, logits=kept.logits, past_key_values=text.cache)
-        limits = [one for one in stopping_criteria if isinstance(one, (MaxLengthCriteria, MaxTimeCriteria))]
-        itself = [one for one in stopping_criteria if not isinstance(one, (MaxLengthCriteria, MaxTimeCriteria))]
-        limited = any(bool(one(text.ids, None).all()) for one in limits)
-        pad = generation_config._pad_token_tensor
-        cautious = [step["lengths"][step["chosen"]] for step in self.steps]
-        return Samples(
-            output=output,
-            start=start,
-            lengths=[text.ids.shape[1] - start],
-            truncated=[limited and not any(bool(one(text.ids, None).all()) for one in itself)],
-            statistics=None,
+        lengths = [step["lengths"][step["chosen"]] for step in self.steps]
+        places = [
+            [step["at"] - start, step["at"] - start + length, f"{step['trials']} trials"]
+            for step, length in zip(self.steps, lengths, strict=True)
+        ]
+        return single_response(
+            model,
+            text.ids,
+            start,
+            stopping_criteria,
+            generation_config,
             passes=text.passes,
-            encoded=start,
-            pad=None if pad is None else int(pad),
             discarded=self._discarded,
             details={
                 "cautious_steps": len(self.steps),
-                "cautious_tokens": sum(cautious),
+                "cautious_tokens": sum(lengths),
                 "forward_tokens": text.read_tokens,
                 "steps": self.steps,
-                "places": [
-                    [s["at"] - start, s["at"] - start + s["lengths"][s["chosen"]], f"{s['trials']} trials"]
-                    for s in self.steps
-                ],
+                "places": places,
             },
+            scores=kept.scores,
+            logits=kept.logits,
+            past_key_values=text.cache,
         )
 
 

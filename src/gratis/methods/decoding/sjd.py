@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation import logits_process
-from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
 from gratis.contract.attach import Scope
 from gratis.contract.card import Card, Claim
@@ -27,7 +26,7 @@ from gratis.subjects.branching import check_continues
 from gratis.subjects.draft_reading import DraftReader, Reader, check_drops, take_guidance
 from gratis.subjects.generate_door import Choice, check_generates, install_choice
 from gratis.subjects.image_door import install_image_generation
-from gratis.subjects.sampling_loop import Samples
+from gratis.subjects.sampling_loop import Samples, refuse_internals, single_response, stops
 
 
 class SJD(Decoding):
@@ -198,10 +197,7 @@ class JacobiLoop:
         **model_kwargs: Any,
     ) -> Samples:
         """Decode one response. The arguments are those that transformers hands to a decoding loop."""
-        if generation_config.output_attentions or generation_config.output_hidden_states:
-            raise InputError(
-                "SJD keeps no attentions or hidden states: leave out output_attentions and _hidden_states."
-            )
+        refuse_internals(generation_config, "SJD")
         guidance, others = take_guidance(logits_processor)
         reader = DraftReader(model, input_ids, generation_config, model_kwargs, guidance)
         start = input_ids.shape[1]
@@ -211,27 +207,18 @@ class JacobiLoop:
         )
         if streamer is not None:
             streamer.end()
-        output: Any = ids
-        if generation_config.return_dict_in_generate:
-            from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
-
-            kind: Any = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
-            scores, logits = (tuple(rows) or None for rows in (self.scores, self.logits))
-            output = kind(sequences=ids, scores=scores, logits=logits, past_key_values=reader.cache)
-        limits = [one for one in stopping_criteria if isinstance(one, (MaxLengthCriteria, MaxTimeCriteria))]
-        itself = [one for one in stopping_criteria if not isinstance(one, (MaxLengthCriteria, MaxTimeCriteria))]
-        limited = any(bool(one(ids, None).all()) for one in limits)
-        pad = generation_config._pad_token_tensor
-        return Samples(
-            output=output,
-            start=start,
-            lengths=[ids.shape[1] - start],
-            truncated=[limited and not any(bool(one(ids, None).all()) for one in itself)],
-            statistics=None,
+        scores, logits = (tuple(rows) or None for rows in (self.scores, self.logits))
+        return single_response(
+            model,
+            ids,
+            start,
+            stopping_criteria,
+            generation_config,
             passes=reader.passes,
-            encoded=start,
-            pad=None if pad is None else int(pad),
             details=self.details(reader),
+            scores=scores,
+            logits=logits,
+            past_key_values=reader.cache,
         )
 
     def picture(self, reader: Reader, ids: Tensor, processors: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:
@@ -286,7 +273,7 @@ class JacobiLoop:
                     rows += list(source[:kept].split(1))
             if streamer is not None:
                 streamer.put(ids[0, before:].cpu())
-            if kept < committed or _stops(stopping_criteria, ids) or ids.shape[1] - start >= room:
+            if kept < committed or stops(stopping_criteria, ids) or ids.shape[1] - start >= room:
                 return ids
             likeliest = scores.argmax(-1)
             peaks = torch.cat([peaks, likeliest[:committed]])
@@ -424,10 +411,6 @@ def _matching(drafts: Tensor, fresh: Tensor) -> int:
 def _until_stop(ids: Tensor, committed: Tensor, stopping_criteria: Any) -> int:
     """How many of the committed tokens (count,) stand: up to the first at which the text ends."""
     for count in range(1, len(committed)):
-        if _stops(stopping_criteria, torch.cat([ids, committed[None, :count]], dim=1)):
+        if stops(stopping_criteria, torch.cat([ids, committed[None, :count]], dim=1)):
             return count
     return len(committed)
-
-
-def _stops(stopping_criteria: Any, ids: Tensor) -> bool:
-    return len(stopping_criteria) > 0 and bool(stopping_criteria(ids, None).all())
