@@ -4,8 +4,28 @@ import numpy as np
 import pytest
 
 from gratis.contract.errors import InputError
-from gratis.zoo.arithmetic import CHARACTERS, PIECES, Problem, accuracy, answer_of, digit_work, problems, solution
-from gratis.zoo.masked_arithmetic import ANSWER, SUFFIX_PLACE, WINDOW, answers_of, by_prompt_length, sums, window_ids
+from gratis.zoo.arithmetic import (
+    CHARACTERS,
+    OPENINGS,
+    PIECES,
+    Problem,
+    accuracy,
+    answer_of,
+    carries,
+    digit_work,
+    problems,
+    solution,
+)
+from gratis.zoo.masked_arithmetic import (
+    ANSWER,
+    SUFFIX_PLACE,
+    WINDOW,
+    answers_of,
+    by_prompt_length,
+    column_work,
+    sums,
+    window_ids,
+)
 from gratis.zoo.text import character_tokenizer, word_tokenizer
 
 TOKENIZER = character_tokenizer(CHARACTERS, 1024, mask=True, pieces=PIECES)
@@ -16,9 +36,10 @@ def test_problems_are_seeded_and_stay_in_range():
     assert problems(20, 1) != problems(20, 2)
     for problem in problems(500, 3):
         assert problem.answer == eval(problem.question)
-        assert all(0 <= value <= 999 for value, _, _ in problem.steps())
-        assert 0 <= problem.answer <= 999
-        assert 2 <= len(problem.numbers) <= 4
+        assert all(0 <= value <= 99 for value, _, _ in problem.steps())
+        assert 0 <= problem.answer <= 99
+        assert 3 <= len(problem.numbers) <= 5
+    assert max(problem.answer for problem in problems(500, 3, largest=999)) > 800
 
 
 @pytest.mark.parametrize(
@@ -42,6 +63,38 @@ def test_digit_work_spells_the_result():
             assert eval(left) == int(right)
 
 
+@pytest.mark.parametrize(
+    ("value", "sign", "number", "hard"),
+    [(47, 1, 28, True), (41, 1, 28, False), (47, -1, 28, True), (48, -1, 27, False), (95, 1, 4, False), (5, 1, 95, True),
+     (190, 1, 20, True), (103, -1, 13, True)],
+)  # fmt: skip
+def test_steps_that_carry_are_hard(value, sign, number, hard):
+    assert carries(value, sign, number) == hard
+
+
+def test_digit_work_shows_a_carry_exactly_where_the_step_is_hard():
+    for problem in problems(300, 11):
+        for step in problem.steps():
+            columns = digit_work(*step).split(", ")
+            shown = any(int(column.split("=")[1]) > 9 for column in columns) or any(
+                int(re.split("[-+]", column)[0]) > 9 for column in columns
+            )
+            assert carries(*step) == shown
+
+
+def test_hard_steps_are_checked_more_often():
+    generator = np.random.default_rng(1)
+    counted = {True: [0, 0], False: [0, 0]}
+    for problem in problems(300, 12):
+        text = solution(problem, generator).text
+        for value, sign, number in problem.steps():
+            count = counted[carries(value, sign, number)]
+            count[0] += any(f"{opening}{value}{'+' if sign > 0 else '-'}{number}: " in text for opening in OPENINGS)
+            count[1] += 1
+    assert counted[True][0] / counted[True][1] == pytest.approx(0.25 + 0.75 * 0.6, abs=0.08)
+    assert counted[False][0] / counted[False][1] == pytest.approx(0.03 + 0.97 * 0.1, abs=0.06)
+
+
 def test_solutions_end_right_and_every_planted_mistake_is_corrected_and_not_taught():
     generator = np.random.default_rng(0)
     planted = 0
@@ -54,8 +107,8 @@ def test_solutions_end_right_and_every_planted_mistake_is_corrected_and_not_taug
                 expression = re.sub(r"^(First, |Then )|=$", "", worked.parts[place - 1])
                 assert eval(expression) != int(worked.parts[place])
                 assert f"It is {eval(expression)}, not {worked.parts[place]}." in worked.parts[place + 2]
-    assert 50 < planted < 150
-    assert all(solution(problem, generator, mistakes=0, checks=0).taught for problem in problems(20, 7))
+    assert 60 < planted < 150
+    assert all(solution(problem, generator, mistakes=(0, 0), checks=(0, 0)).taught for problem in problems(20, 7))
 
 
 def test_answers_are_read_from_the_last_box():
@@ -64,8 +117,9 @@ def test_answers_are_read_from_the_last_box():
     assert accuracy(["\\boxed{3}", "\\boxed{4}"], [Problem((1, 2), (1,)), Problem((1, 2), (1,))]) == 0.5
     with pytest.raises(InputError):
         accuracy([], [])
-    with pytest.raises(InputError):
-        problems(-1, 0)
+    for wrong in ({"count": -1}, {"terms": (1, 3)}, {"largest": 20}):
+        with pytest.raises(InputError, match="at least"):
+            problems(**{"count": 1, "seed": 0, **wrong})
 
 
 def test_the_tokenizer_splits_losslessly_and_phrases_are_one_token():
@@ -88,10 +142,31 @@ def test_windows_hold_the_answer_where_they_say():
         assert TOKENIZER.decode(window[SUFFIX_PLACE]) == "The answer is "
         assert answers_of(TOKENIZER, window[None]) == [problem.answer]
         assert window[ANSWER[-1] + 1] == TOKENIZER.eos_token_id
-    groups = by_prompt_length(TOKENIZER, sums(64, 10))
-    assert sum(len(prompts) for prompts, _ in groups) == 64
-    with pytest.raises(InputError, match="two numbers"):
-        window_ids(TOKENIZER, Problem((1, 2, 3), (1, 1)))
+    ((prompts, windows),) = by_prompt_length(TOKENIZER, sums(64, 10))
+    assert len(prompts) == len(windows) == 64
+    for problem in (Problem((100, 200, 300), (1, 1)), Problem((300, 200), (-1,)), Problem((300, 20), (1,))):
+        with pytest.raises(InputError, match="two numbers of three digits"):
+            window_ids(TOKENIZER, problem)
+
+
+def test_columns_hold_what_is_carried_into_them():
+    assert column_work(347, 285) == "7+5+0=12, 4+8+1=13, 3+2+1=06"
+    for problem in sums(100, 4):
+        columns = column_work(*problem.numbers).split(", ")
+        carried = 0
+        for column in columns:
+            left, right = column.split("=")
+            assert sum(int(digit) for digit in left.split("+")) == int(right)
+            assert int(left[-1]) == carried
+            carried = int(right[0])
+        assert int("".join(column[-1] for column in reversed(columns))) == problem.answer
+
+
+def test_sums_that_are_held_out_never_occur_in_the_other_part():
+    held_out, seen = set(sums(2000, 1)), set(sums(20_000, 2, held_out=False))
+    assert not held_out & seen
+    assert sums(50, 1) == sums(50, 1) != sums(50, 3)
+    assert all(min(problem.numbers) >= 100 and problem.answer <= 999 for problem in held_out)
 
 
 def test_word_tokenizer():

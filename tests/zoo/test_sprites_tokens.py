@@ -90,7 +90,6 @@ def test_codes_and_pictures_go_back_and_forth_in_a_tiny_model():
     again = vq.quantize.get_codebook_entry(found.view(2, TOKENS)[1:].reshape(-1), (1, 8, 8, 8))
     torch.testing.assert_close(again, quantised[1:])
     usage = Usage()
-    usage.counts.zero_()
     codebook, latents = torch.zeros(CODES, 8), torch.ones(64, 8)
     usage.update(torch.zeros(64, dtype=torch.long), latents, codebook, revive=True)
     assert (codebook[0] == 0).all()

@@ -1,17 +1,17 @@
 r"""Step-by-step arithmetic as text: problems, worked solutions with checks, and reading the answer.
 
-A problem adds and subtracts two to four whole numbers. A solution works through it in paragraphs: a step, now and
-then a check of that step digit by digit, at the end the answer:
+A problem adds and subtracts a few whole numbers. A solution works through it in paragraphs: a step in one go, where
+that is hard (a digit carries or borrows) mostly a check of it digit by digit, at the end the answer:
 
-    347+285-119
+    47+28-14
     <think>
-    First, 347+285=622.
+    First, 47+28=65.
 
-    Wait, let me check 347+285: 7+5=12, 4+8+1=13, 3+2+1=6, so 632. It is 632, not 622.
+    Wait, let me check 47+28: 7+8=15, 4+2+1=7, so 75. It is 75, not 65.
 
-    Then 632-119=513.
+    Then 75-14=61.
 
-    So the final answer is \boxed{513}.
+    So the final answer is \boxed{61}.
 
 `arithmetic-small` and `arithmetic-large` were trained on such solutions; planted mistakes were shown to them and not
 taught. Their tokenizer writes each digit as one token and common phrases as one token each.
@@ -30,10 +30,11 @@ from gratis.contract.errors import InputError
 PIECES = (
     "<think>\n", "\n\n", "First, ", "Then ", "Wait, ", "Hold on, ", "let me check ", "Let me verify ", ": ", ", so ",
     ". ", ", ", "Yes, ", " is right", "It is ", ", not ", "So the ", "final answer", " is ", "\\boxed{", "}",
-    "The answer is ",
+    "The answer is ", "Alternatively, ",
 )  # fmt: skip
 CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "\n"
-_LARGEST = 999
+OPENINGS = ("Wait, let me check ", "Hold on, let me check ", "Let me verify ", "Alternatively, ")
+"""How a check of a step begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +69,40 @@ class Problem:
         return found
 
 
-def problems(count: int, seed: int, terms: tuple[int, int] = (2, 4)) -> list[Problem]:
-    """`count` problems of `terms` (fewest, most) numbers; every value on the way lies within 0 to 999."""
-    if count < 0 or not 2 <= terms[0] <= terms[1]:
-        raise InputError(f"Problems need a count of at least 0 and at least two terms, not {count} and {terms}.")
+def problems(count: int, seed: int, terms: tuple[int, int] = (3, 5), largest: int = 99) -> list[Problem]:
+    """`count` problems of `terms` (fewest, most) numbers of at least 10; values on the way are within 0 to `largest`.
+
+    Raises InputError for a negative count, fewer than two terms, or `largest` below 30.
+    """
+    if count < 0 or not 2 <= terms[0] <= terms[1] or largest < 30:
+        raise InputError(
+            f"Problems need a count of at least 0, at least two terms and values up to 30 at least, not {count}, {terms} "
+            f"and {largest}."
+        )
     generator = np.random.default_rng([seed, 7])
-    return [_problem(generator, terms) for _ in range(count)]
+    return [_problem(generator, terms, largest) for _ in range(count)]
 
 
-def _problem(generator: np.random.Generator, terms: tuple[int, int]) -> Problem:
-    value = int(generator.integers(10, 600))
+def _problem(generator: np.random.Generator, terms: tuple[int, int], largest: int) -> Problem:
+    value = int(generator.integers(10, largest + 1))
     numbers, signs = [value], []
     for _ in range(int(generator.integers(terms[0], terms[1] + 1)) - 1):
-        adds = value < 40 or (value < 800 and generator.random() < 0.5)
-        number = int(generator.integers(10, min(_LARGEST - value, 599) + 1 if adds else min(value, 599) + 1))
+        adds = value < 20 or (value <= largest - 10 and generator.random() < 0.5)
+        number = int(generator.integers(10, (largest - value if adds else value) + 1))
         numbers.append(number)
         signs.append(1 if adds else -1)
         value += signs[-1] * number
     return Problem(tuple(numbers), tuple(signs))
+
+
+def carries(value: int, sign: int, number: int) -> bool:
+    """Whether any digit of the sum carries, or of the difference borrows: what makes a step hard."""
+    places = range(1, len(str(max(value, number))) + 1)
+    rest = [(value % 10**place, number % 10**place) for place in places]
+    return any(
+        have < other if sign < 0 else have + other >= 10**place
+        for place, (have, other) in zip(places, rest, strict=True)
+    )
 
 
 def digit_work(value: int, sign: int, number: int) -> str:
@@ -118,11 +135,15 @@ class Solution:
 
 
 def solution(
-    problem: Problem, generator: np.random.Generator, mistakes: float = 0.15, checks: float = 0.25
+    problem: Problem,
+    generator: np.random.Generator,
+    mistakes: tuple[float, float] = (0.03, 0.25),
+    checks: tuple[float, float] = (0.1, 0.6),
 ) -> Solution:
-    """A worked solution. Steps are wrong with probability `mistakes` and then checked nine times in ten; right ones
-    are checked with probability `checks`. What a check corrects is correct from there on; a mistake that nobody checks
-    is not planted, so that every solution ends with the right answer.
+    """A worked solution. The pairs are probabilities for easy and for hard steps (those that carry).
+
+    A step is written wrong with probability `mistakes`, and then always checked; a right one is checked with
+    probability `checks`. What a check corrects is correct from there on, so that every solution ends right.
     """
     parts: list[str] = []
     taught: list[bool] = []
@@ -133,14 +154,15 @@ def solution(
 
     for place, (value, sign, number) in enumerate(problem.steps()):
         expression, result = f"{value}{'+' if sign > 0 else '-'}{number}", value + sign * number
-        wrong = generator.random() < mistakes
-        checked = wrong or generator.random() < checks
+        hard = carries(value, sign, number)
+        wrong = generator.random() < mistakes[hard]
+        checked = wrong or generator.random() < checks[hard]
         written = _slip(result, generator) if wrong else result
         add(("First, " if place == 0 else "Then ") + expression + "=")
         add(f"{written}", teach=not wrong)
         add(".\n\n")
         if checked:
-            opening = ("Wait, let me check ", "Let me verify ", "Hold on, let me check ")[int(generator.integers(3))]
+            opening = OPENINGS[int(generator.integers(len(OPENINGS)))]
             verdict = f"It is {result}, not {written}." if wrong else f"Yes, {result} is right."
             add(f"{opening}{expression}: {digit_work(value, sign, number)}, so {result}. {verdict}\n\n")
     add(f"So the final answer is \\boxed{{{problem.answer}}}.")
@@ -148,10 +170,10 @@ def solution(
 
 
 def _slip(result: int, generator: np.random.Generator) -> int:
-    """A number near the result that differs in one digit, as a slip of the pen does."""
+    """A number near the result that differs by one in one place, as where a carry was forgotten."""
     place = 10 ** int(generator.integers(0, len(str(result))))
     slipped = result + place * (1 if generator.random() < 0.5 else -1)
-    return slipped if 0 <= slipped <= _LARGEST else result + (1 if result == 0 else -1)
+    return slipped if slipped >= 0 else result + place
 
 
 def answer_of(text: str) -> int | None:

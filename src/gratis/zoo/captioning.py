@@ -27,13 +27,27 @@ def reference(scene: Scene, person: int = 0) -> str:
     return ambiguous_caption(scene, SAID, seed=person, background=BACKGROUND)
 
 
-def pixel_values(images: NDArray[np.uint8]) -> Tensor:
-    """Pictures (batch, 32, 32, 3) uint8 as the captioner wants them: (batch, 3, 32, 32) in -1..1."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+def pixel_values(images: NDArray[np.uint8] | Tensor) -> Tensor:
+    """Pictures (batch, 32, 32, 3) in 0..255 as the captioner wants them: (batch, 3, 32, 32) in -1..1."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def captions(model: Any, tokenizer: Any, images: NDArray[np.uint8]) -> list[str]:
-    """The captioner's greedy captions."""
-    out = model.generate(pixel_values=pixel_values(images), max_new_tokens=TOKENS, do_sample=False)
-    return list(tokenizer.batch_decode(out, skip_special_tokens=True))
+def captions(model: Any, tokenizer: Any, images: NDArray[np.uint8], guidance: float = 1.0) -> list[str]:
+    """The captioner's greedy captions, the plain way: the reference that guided captioning is held to.
+
+    Log-probabilities are u + guidance (c - u), c with the picture and u without it. Every step reads all words again.
+    """
+    seen = model.encoder(pixel_values=pixel_values(images).to(model.device)).last_hidden_state
+    sides = torch.cat([seen, torch.zeros_like(seen)])
+    start = [[model.config.decoder_start_token_id]]
+    ids = torch.tensor(start * len(images), device=model.device)
+    ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=model.device)
+    for _ in range(TOKENS):
+        logits = model.decoder(input_ids=ids.repeat(2, 1), encoder_hidden_states=sides).logits[:, -1].float()
+        with_picture, without = logits.log_softmax(-1).chunk(2)
+        word = (without + guidance * (with_picture - without)).argmax(-1, keepdim=True)
+        word = word.masked_fill(ended, tokenizer.eos_token_id)
+        ended |= word == tokenizer.eos_token_id
+        ids = torch.cat([ids, word], dim=1)
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))

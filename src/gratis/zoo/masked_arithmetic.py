@@ -1,11 +1,13 @@
 """What `arithmetic-masked`, a masked-diffusion language model, reads and writes.
 
-The prompt is a sum or difference such as "347+285" and a line break; the answer window has 32 places: the work digit by
-digit, `<eos>` up to place 27, then "The answer is " as one token, three digits, and `<eos>`:
+The prompt is a sum of two numbers of three digits such as "347+285" and a line break; the answer window has 32 places:
+the columns from the right, each with its digits, what was carried into it, and its sum; `<eos>`; "The answer is " as
+one token; three digits; and `<eos>`:
 
-    7+5=12, 4+8+1=13, 3+2+1=6 <eos> ... <eos> The answer is 632 <eos>
+    7+5+0=12, 4+8+1=13, 3+2+1=06 <eos> The answer is 632 <eos>
 
-so that the answer region is known: places 28 to 30 of the window.
+so that the answer region is known: places 28 to 30 of the window. One pair of numbers in ten is held out: training
+never sees it, tests see nothing else.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gratis.contract.errors import InputError
-from gratis.zoo.arithmetic import Problem, digit_work, problems
+from gratis.zoo.arithmetic import Problem
 
 WINDOW = 32
 SUFFIX = "The answer is "
@@ -26,9 +29,28 @@ ANSWER = (28, 29, 30)
 """Places of the answer's digits in the window."""
 
 
-def sums(count: int, seed: int) -> list[Problem]:
-    """Problems with two numbers; values lie within 0 to 999."""
-    return problems(count, seed, terms=(2, 2))
+def sums(count: int, seed: int, held_out: bool = True) -> list[Problem]:
+    """Sums of two numbers of three digits, at most 999 together; `held_out` says from which of the two parts."""
+    generator = np.random.default_rng([seed, 8])
+    found: list[Problem] = []
+    while len(found) < count:
+        first = generator.integers(100, 900, size=2 * count + 64)
+        second = 100 + (generator.random(len(first)) * (900 - first)).astype(np.int64)
+        parted = (first * 1000 + second) * 2_654_435_761 % 2**32 % 10 == 0
+        rows = np.flatnonzero(parted == held_out)[: count - len(found)]
+        found += [Problem((int(first[row]), int(second[row])), (1,)) for row in rows]
+    return found
+
+
+def column_work(first: int, second: int) -> str:
+    """Three columns from the right with what is carried into them, for example "7+5+0=12, 4+8+1=13, 3+2+1=06"."""
+    carried, parts = 0, []
+    for place in (1, 10, 100):
+        top, bottom = first // place % 10, second // place % 10
+        total = top + bottom + carried
+        parts.append(f"{top}+{bottom}+{carried}={total:02d}")
+        carried = total // 10
+    return ", ".join(parts)
 
 
 def prompt_ids(tokenizer: Any, problem: Problem) -> Tensor:
@@ -37,11 +59,12 @@ def prompt_ids(tokenizer: Any, problem: Problem) -> Tensor:
 
 
 def window_ids(tokenizer: Any, problem: Problem) -> Tensor:
-    """Token ids (32,) of the right answer window."""
-    (value, sign, number), *rest = problem.steps()
-    if rest:
-        raise InputError(f"The masked model knows sums of two numbers, not {problem.question}.")
-    work = tokenizer(digit_work(value, sign, number)).input_ids
+    """Token ids (32,) of the right answer window. Raises InputError for a problem of another kind."""
+    if problem.signs != (1,) or min(problem.numbers) < 100 or problem.answer > 999:
+        raise InputError(
+            f"The masked model knows sums of two numbers of three digits, at most 999, not {problem.question}."
+        )
+    work = tokenizer(column_work(*problem.numbers)).input_ids
     answer = tokenizer(f"{SUFFIX}{problem.answer:03d}").input_ids
     eos = tokenizer.eos_token_id
     return torch.tensor([*work, *[eos] * (SUFFIX_PLACE - len(work)), *answer, eos])
@@ -62,7 +85,7 @@ def decode(model: Any, prompts: Tensor, mask_id: int, steps: int = WINDOW, lengt
     """
     if length % steps:
         raise InputError(f"steps must divide the window's {length} places, not {steps}.")
-    ids = torch.cat([prompts, torch.full((len(prompts), length), mask_id)], dim=1)
+    ids = torch.cat([prompts, prompts.new_full((len(prompts), length), mask_id)], dim=1)
     for _ in range(steps):
         probability, token = model(ids).logits.float().softmax(-1).max(-1)
         probability = probability.masked_fill(ids != mask_id, -1)

@@ -64,13 +64,17 @@ def unconditional(tokenizer: Any, batch: int) -> Tensor:
     return prompts(tokenizer, [["<any>"] * len(SLOTS)] * batch)
 
 
+def pixels(images: Tensor) -> Tensor:
+    """Pictures (batch, 32, 32, 3) in 0..255 as (batch, 3, 32, 32) in -1..1."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 @torch.no_grad()
 def encode(vq: Any, images: NDArray[np.uint8]) -> Tensor:
     """Codes (batch, 64) of pictures (batch, 32, 32, 3) uint8."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vq.dtype) / 127.5 - 1
     found = []
-    for part in pixels.split(256):
-        latents = vq.encode(part).latents
+    for part in torch.from_numpy(images).split(256):
+        latents = vq.encode(pixels(part.to(vq.device)).to(vq.dtype)).latents
         found.append(vq.quantize(latents)[2][2].view(len(part), TOKENS))
     return torch.cat(found)
 
@@ -85,11 +89,11 @@ def decode(vq: Any, tokens: Tensor) -> NDArray[np.uint8]:
     if tokens.ndim != 2 or tokens.shape[1] != TOKENS or (codes < 0).any() or (codes >= CODES).any():
         raise InputError(f"A picture is {TOKENS} image tokens ({FIRST_CODE} to {FIRST_CODE + CODES - 1}).")
     found = []
-    for part in codes.split(256):
+    for part in codes.to(vq.device).split(256):
         latents = vq.quantize.get_codebook_entry(part.reshape(-1), (len(part), SIDE, SIDE, vq.config.vq_embed_dim))
         found.append(vq.decode(latents, force_not_quantize=True).sample)
-    pixels = torch.cat(found).float().clamp(-1, 1)
-    return ((pixels.permute(0, 2, 3, 1) + 1) * 127.5 + 0.5).to(torch.uint8).numpy()
+    seen = torch.cat(found).float().clamp(-1, 1)
+    return ((seen.permute(0, 2, 3, 1) + 1) * 127.5 + 0.5).to(torch.uint8).cpu().numpy()
 
 
 @torch.no_grad()
@@ -101,9 +105,9 @@ def sample(
     Guided logits are u + guidance (c - u), c with the prompt and u with the unconditional one, before the temperature;
     only image tokens can be drawn. `tokenizer` is needed for guidance other than 1.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(prompt.device).manual_seed(seed)
     guided = guidance != 1
-    rows = torch.cat([prompt, unconditional(tokenizer, len(prompt))]) if guided else prompt
+    rows = torch.cat([prompt, unconditional(tokenizer, len(prompt)).to(prompt.device)]) if guided else prompt
     past, tokens = None, []
     for _ in range(TOKENS):
         out = prior(input_ids=rows, past_key_values=past, use_cache=True)

@@ -1,4 +1,4 @@
-"""What every training script of the zoo shares: the optimiser's loop, the average of weights, writing the folder."""
+"""What every training script of the zoo shares: flags, batches, the optimiser's loop, averaged weights, the folder."""
 
 from __future__ import annotations
 
@@ -17,19 +17,51 @@ from torch import Tensor, nn
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
 
-def arguments(description: str, steps: int, batch: int, rate: float) -> argparse.Namespace:
-    """The flags of every script: --steps, --batch, --rate, --seed, --threads, --minutes, --out."""
+def arguments(
+    description: str,
+    steps: int,
+    batch: int,
+    rate: float,
+    more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
+    """The flags of every script (--steps, --batch, --rate, --seed, --threads, --device, --seconds, --out) and `more`.
+
+    `--seconds` is for machines lent for a while: the learning rate then reaches zero at the latest when they are over.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps")
     parser.add_argument("--batch", type=int, default=batch, help="examples per step")
     parser.add_argument("--rate", type=float, default=rate, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="where the training runs: cpu or cuda")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="longest wall time of the steps")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that gets the model's folder")
+    more(parser)
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
     torch.manual_seed(found.seed)
+    torch.set_float32_matmul_precision("high")
     return found
+
+
+class Examples:
+    """Columns of one training set, kept where the training runs; `draw` gives batches in a new order every pass."""
+
+    def __init__(self, *columns: Tensor, batch: int, seed: int, device: str) -> None:
+        self.columns = [column.to(device) for column in columns]
+        self.batch = min(batch, len(columns[0]))
+        self.device = device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order: list[Tensor] = []
+
+    def draw(self) -> list[Tensor]:
+        """The next batch: the same rows of each column."""
+        if not self.order:
+            shuffled = torch.randperm(len(self.columns[0]), generator=self.generator).to(self.device)
+            self.order = [part for part in shuffled.split(self.batch) if len(part) == self.batch]
+        rows = self.order.pop()
+        return [column[rows] for column in self.columns]
 
 
 class Average:
@@ -46,8 +78,7 @@ class Average:
         """Move towards the source; the first updates move faster, so that the start is forgotten."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for mean, now in zip(self.module.parameters(), self.source.parameters(), strict=True):
-            mean.lerp_(now, 1 - decay)
+        torch._foreach_lerp_(list(self.module.parameters()), list(self.source.parameters()), 1 - decay)
         for kept, current in zip(self.module.buffers(), self.source.buffers(), strict=True):
             kept.copy_(current)
 
@@ -61,48 +92,49 @@ def fit(
     averages: Iterable[Average] = (),
     decay: float = 0.01,
     warmup: int = 100,
+    seconds: float = math.inf,
     say: str = "loss",
 ) -> dict[str, float]:
-    """Minimise `loss_at(step)` by AdamW with linear warm-up and a cosine to zero, in bfloat16 autocast on the CPU.
+    """Minimise `loss_at(step)` by AdamW with linear warm-up and a cosine to zero, in float32.
 
-    Prints loss and steps per second; returns steps, wall and CPU seconds and the mean loss of the last tenth.
+    It ends after `steps`, or when `seconds` of wall time are over where that is sooner; the cosine follows. Prints loss
+    and pace; returns the steps taken, wall and CPU seconds and the mean loss of the last tenth.
     """
     averages = list(averages)
     weights = [weight for weight in parameters if weight.requires_grad]
-    optimiser = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1)))),
-    )
-    wall, cpu, recent, last = time.perf_counter(), time.process_time(), 0.0, []
-    for step in range(steps):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_at(step)
+    on_gpu = weights[0].is_cuda
+    optimiser = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=on_gpu)
+    wall, cpu = time.perf_counter(), time.process_time()
+    losses: list[Tensor] = []
+    progress = 0.0
+    while progress < 1:
+        step = len(losses)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
+        loss = loss_at(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
-        schedule.step()
         for average in averages:
             average.update()
-        value = float(loss.detach())
-        recent = value if step == 0 else 0.98 * recent + 0.02 * value
-        if step >= steps - max(steps // 10, 1):
-            last.append(value)
-        if step % 100 == 0 or step == steps - 1:
+        losses.append(loss.detach())
+        progress = max((step + 1) / steps, (time.perf_counter() - wall) / seconds)
+        if step % 100 == 0 or progress >= 1:
+            recent = torch.stack(losses[-100:]).mean().item()
             pace = (step + 1) / (time.process_time() - cpu)
             print(f"{say} step {step:6d} {recent:.4f}  {pace:.2f} steps per CPU second", flush=True)
     return {
-        "steps": steps,
+        "steps": len(losses),
         "seconds": round(time.perf_counter() - wall, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
-        "loss": round(sum(last) / max(len(last), 1), 5),
+        "loss": round(torch.stack(losses[-max(len(losses) // 10, 1) :]).mean().item(), 5),
     }
 
 
 def save_half(model: Any, folder: Path) -> None:
     """`save_pretrained` with weights stored as float16; the model in memory stays as it is."""
-    copy.deepcopy(model).to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    copy.deepcopy(model).to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
 
 
 def write_card(
@@ -115,13 +147,15 @@ def write_card(
     *,
     script: str = "",
     flags: str = "",
-    precision: str = "bfloat16 autocast",
+    precision: str = "float32",
+    device: str = "cpu",
 ) -> None:
     """The model's README.md and its figures as figures.json, both from what this run measured.
 
     `script` is the training module's name where it differs from the model's, `flags` what it was called with.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    where = "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items())
     text = f"""---
@@ -141,7 +175,7 @@ library_name: {"diffusers" if (folder / "model_index.json").exists() else "trans
 | --- | --- |
 {rows}
 
-Figures were printed by the training run that wrote these weights (torch {torch.__version__}, {precision}, CPU).
+Figures were printed by the training run that wrote these weights (torch {torch.__version__}, {precision}, {where}).
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+import argparse
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from diffusers import VQModel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,7 +17,6 @@ from gratis.zoo.sprites_classifier import classify
 from gratis.zoo.sprites_tokens import (
     FIRST_CODE,
     PROMPT,
-    SLOTS,
     TOKENS,
     VOCABULARY,
     WORLD,
@@ -23,55 +25,71 @@ from gratis.zoo.sprites_tokens import (
     prompts,
     said,
     sample,
+    unconditional,
 )
 from gratis.zoo.text import word_tokenizer
-from gratis.zoo.train.loop import Average, arguments, fit, save_half, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, save_half, write_card
 
+PICTURES = 30_000
 TEST = 1_000_000
+SILENT = 0.15
+"""Share of pictures about which nothing is said, for guidance; of the others each word is said with KEPT."""
+KEPT = 0.85
 
 
-def language_model(vocabulary: int) -> LlamaForCausalLM:
-    """Four layers of width 96."""
+def language_model(vocabulary: int, hidden: int = 96, layers: int = 4) -> LlamaForCausalLM:
+    """Four heads; positions for the prompt and a picture."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=96, intermediate_size=288, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=PROMPT + TOKENS, tie_word_embeddings=False, bos_token_id=1,
-            eos_token_id=2, pad_token_id=0,
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=PROMPT + TOKENS,
+            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         )
     )  # fmt: skip
 
 
 def main() -> None:
     """Train, save, measure as saved."""
-    wish = arguments(__doc__ or "", steps=2000, batch=48, rate=3e-3)
+
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--hidden", type=int, default=96, help="width")
+        parser.add_argument("--layers", type=int, default=4)
+        parser.add_argument("--vq", type=Path, help="folder of sprites-vq; default: the one that is installed")
+
+    wish = arguments(__doc__ or "", steps=2500, batch=64, rate=2e-3, more=more)
     tokenizer = word_tokenizer(VOCABULARY, PROMPT + TOKENS)
-    vq = load("sprites-vq")
-    model = language_model(len(tokenizer))
-    model.set_attn_implementation("eager")  # its backward pass is the fastest one on a CPU for short rows
+    if wish.vq is None:
+        vq = load("sprites-vq", device=wish.device)
+    else:
+        vq = VQModel.from_pretrained(wish.vq, torch_dtype=torch.float32).to(wish.device).eval()
+    model = language_model(len(tokenizer), wish.hidden, wish.layers).to(wish.device)
     average = Average(model, 0.998)
-    generator = np.random.default_rng(wish.seed)
+    scenes = WORLD.scenes(0, min(PICTURES, wish.steps * wish.batch))
+    codes = encode(vq, render(scenes, 32).images) + FIRST_CODE
+    asked = prompts(tokenizer, [said(scene) for scene in scenes])
+    open_prompt = unconditional(tokenizer, 1).to(wish.device)
+    examples = Examples(asked, codes, batch=wish.batch, seed=wish.seed, device=wish.device)
 
     def loss_at(step: int) -> Tensor:
-        scenes = WORLD.scenes(step * wish.batch, (step + 1) * wish.batch)
-        codes = encode(vq, render(scenes, 32).images) + FIRST_CODE
-        words = []
-        for scene in scenes:
-            kept = generator.random(len(SLOTS)) < (0.0 if generator.random() < 0.15 else 0.85)
-            words.append(said(scene, [slot for slot, keep in zip(SLOTS, kept, strict=True) if keep]))
-        ids = torch.cat([prompts(tokenizer, words), codes], dim=1)
+        prompt, picture = examples.draw()
+        kept = torch.rand(prompt.shape, device=prompt.device) < KEPT
+        kept &= torch.rand(len(prompt), 1, device=prompt.device) >= SILENT
+        ids = torch.cat([torch.where(kept, prompt, open_prompt), picture], dim=1)
         logits = model(input_ids=ids).logits[:, PROMPT - 1 : -1].float()
-        return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), picture.flatten())
 
-    figures = fit(loss_at, model.parameters(), steps=wish.steps, rate=wish.rate, averages=[average])
+    figures = fit(
+        loss_at, model.parameters(), steps=wish.steps, rate=wish.rate, averages=[average], seconds=wish.seconds
+    )
     folder = wish.out / "sprites-prior"
     save_half(average.module, folder)
     tokenizer.save_pretrained(folder)
-    saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    scenes = WORLD.scenes(TEST, TEST + (256 if wish.steps > 100 else 4))
-    words = [said(scene) for scene in scenes]
+    saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(wish.device).eval()
+    scenes = WORLD.scenes(TEST, TEST + (512 if wish.steps > 100 else 4))
+    asked = prompts(tokenizer, [said(scene) for scene in scenes]).to(wish.device)
     measured = {}
-    for guidance in (1.0, 3.0):
-        pictures = decode(vq, sample(saved, prompts(tokenizer, words), guidance, tokenizer=tokenizer))
+    for guidance in (1.0, 2.0, 3.0):
+        pictures = decode(vq, sample(saved, asked, guidance, tokenizer=tokenizer))
         seen = classify(load("sprites-classifier"), torch.from_numpy(pictures))
         for name, found, truth in (("colour", seen.colour, scenes.colour), ("shape", seen.shape, scenes.shape)):
             right = (found == torch.from_numpy(truth[:, 0])).float().mean().item()
@@ -84,8 +102,9 @@ def main() -> None:
         "`gratis.zoo.sprites_tokens.prompts`, `sample` and `decode` with `gratis.open('zoo:sprites-prior')`",
         {
             "parameters": sum(weight.numel() for weight in saved.parameters()), "seed": wish.seed,
-            "batch": wish.batch, **figures, **measured,
+            "batch": wish.batch, "rate": wish.rate, **figures, **measured,
         },
+        device=wish.device,
     )  # fmt: skip
 
 

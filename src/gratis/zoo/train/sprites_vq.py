@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -9,33 +10,30 @@ import torch.nn.functional as F
 from diffusers import VQModel
 from torch import Tensor
 
-from gratis.zoo.sprites import Scenes, render
+from gratis.zoo import load
+from gratis.zoo.sprites import render
 from gratis.zoo.sprites_classifier import classify
-from gratis.zoo.sprites_tokens import CODES, FIRST_CODE, SIDE, WORLD, decode, encode
-from gratis.zoo.train.loop import arguments, fit, save_half, write_card
+from gratis.zoo.sprites_tokens import CODES, FIRST_CODE, SIDE, WORLD, decode, encode, pixels
+from gratis.zoo.train.loop import Examples, arguments, fit, save_half, write_card
 
+PICTURES = 30_000
 TEST = 1_000_000
 
 
-def autoencoder() -> Any:
+def autoencoder(channels: tuple[int, int, int] = (24, 32, 48)) -> Any:
     """Three resolutions (32, 16, 8) of one layer each; codes of 8 numbers."""
     return VQModel(
-        block_out_channels=(24, 32, 48), down_block_types=("DownEncoderBlock2D",) * 3,
+        block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=8, vq_embed_dim=8,
         num_vq_embeddings=CODES, norm_num_groups=8, sample_size=32, mid_block_add_attention=False,
     )  # fmt: skip
 
 
-def pictures(scenes: Scenes) -> Tensor:
-    """Pictures (batch, 3, 32, 32) in -1..1."""
-    return torch.from_numpy(render(scenes, 32).images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 class Usage:
     """Which codes are in use; codes out of use are moved onto latents of the current batch."""
 
-    def __init__(self) -> None:
-        self.counts = torch.ones(CODES)
+    def __init__(self, device: str = "cpu") -> None:
+        self.counts = torch.zeros(CODES, device=device)  # the first update that revives places every code on latents
 
     @torch.no_grad()
     def update(self, codes: Tensor, latents: Tensor, codebook: Tensor, revive: bool) -> None:
@@ -43,20 +41,27 @@ class Usage:
         self.counts.mul_(0.98).add_(torch.bincount(codes, minlength=CODES).float(), alpha=0.02)
         dead = (self.counts < 0.02 * codes.numel() / CODES).nonzero().flatten() if revive else codes[:0]
         if len(dead):
-            picked = torch.randint(len(latents), (len(dead),))
-            codebook[dead] = latents[picked].float() + 0.01 * torch.randn(len(dead), latents.shape[1])
+            picked = latents[torch.randint(len(latents), (len(dead),), device=latents.device)].float()
+            codebook[dead] = picked + 0.01 * torch.randn_like(picked)
             self.counts[dead] = codes.numel() / CODES
 
 
 def main() -> None:
     """Train, save, measure as saved."""
-    wish = arguments(__doc__ or "", steps=1200, batch=48, rate=2e-3)
-    model = autoencoder()
-    usage = Usage()
+
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--channels", type=int, nargs=3, default=(24, 32, 48), help="at 32, 16 and 8 pixels")
+
+    wish = arguments(__doc__ or "", steps=1500, batch=48, rate=2e-3, more=more)
+    model = autoencoder(tuple(wish.channels)).to(wish.device)
+    usage = Usage(wish.device)
+    shown = torch.from_numpy(render(WORLD.scenes(0, min(PICTURES, wish.steps * wish.batch)), 32).images)
+    examples = Examples(shown, batch=wish.batch, seed=wish.seed, device=wish.device)
 
     def loss_at(step: int) -> Tensor:
-        images = pictures(WORLD.scenes(step * wish.batch, (step + 1) * wish.batch))
-        latents = model.encode(images).latents.float()
+        (part,) = examples.draw()
+        images = pixels(part)
+        latents = model.encode(images).latents
         if step < min(100, wish.steps // 8):
             quantised, commitment = latents, latents.square().mean() * 0.01
         else:
@@ -64,23 +69,21 @@ def main() -> None:
             flat = latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
             revive = step % 10 == 0 and step < 0.7 * wish.steps
             usage.update(codes, flat, model.quantize.embedding.weight.data, revive)
-        decoded = model.decode(quantised, force_not_quantize=True).sample.float()
+        decoded = model.decode(quantised, force_not_quantize=True).sample
         error = F.mse_loss(decoded, images) + 0.3 * F.l1_loss(decoded, images)
         return error + torch.as_tensor(commitment)
 
-    usage.counts.zero_()  # every code starts out of use: the first update after the warm-up places them on latents
-    figures = fit(loss_at, model.parameters(), steps=wish.steps, rate=wish.rate)
+    figures = fit(loss_at, model.parameters(), steps=wish.steps, rate=wish.rate, seconds=wish.seconds)
     folder = wish.out / "sprites-vq"
     save_half(model, folder)
-    saved = VQModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    saved = VQModel.from_pretrained(folder, torch_dtype=torch.float32).to(wish.device).eval()
     scenes = WORLD.scenes(TEST, TEST + 512)
     images = render(scenes, 32).images
     codes = encode(saved, images)
     decoded = decode(saved, codes + FIRST_CODE)
     error = F.mse_loss(torch.from_numpy(decoded).float() / 255, torch.from_numpy(images).float() / 255)
-    from gratis.zoo import load
-
     seen = classify(load("sprites-classifier"), torch.from_numpy(decoded))
+    before = classify(load("sprites-classifier"), torch.from_numpy(images))
     write_card(
         folder, "sprites-vq",
         f"A diffusers `VQModel`: 32 × 32 pictures of one sprite as {SIDE} × {SIDE} of {CODES} codes, and back. "
@@ -89,7 +92,7 @@ def main() -> None:
         "`gratis.zoo.sprites_tokens.encode` and `decode` with `gratis.open('zoo:sprites-vq')`",
         {
             "parameters": sum(weight.numel() for weight in saved.parameters()), "seed": wish.seed,
-            "batch": wish.batch, **figures, "PSNR in dB": round(-10 * error.log10().item(), 2),
+            "batch": wish.batch, "rate": wish.rate, **figures, "PSNR in dB": round(-10 * error.log10().item(), 2),
             "codes in use over 512 pictures": int(codes.unique().numel()),
             "colour accuracy of decoded pictures": round(
                 (seen.colour == torch.from_numpy(scenes.colour[:, 0])).float().mean().item(), 4
@@ -97,7 +100,11 @@ def main() -> None:
             "shape accuracy of decoded pictures": round(
                 (seen.shape == torch.from_numpy(scenes.shape[:, 0])).float().mean().item(), 4
             ),
+            "shape accuracy of the pictures themselves": round(
+                (before.shape == torch.from_numpy(scenes.shape[:, 0])).float().mean().item(), 4
+            ),
         },
+        device=wish.device,
     )  # fmt: skip
 
 
