@@ -41,7 +41,7 @@ from gratis.subjects.folders import cache_folder
 from gratis.subjects.merging import merge_into
 from gratis.tasks.three_h import ASPECTS, SIDES, answers, chat, requests
 from gratis.trials.statistics import paired_interval
-from gratis.zoo.train.three_h import STEPS, expert_folder
+from gratis.zoo.train.three_h import RATE, STEPS, expert_folder, folder_of
 
 SCALES = (0.3, 0.6, 1.0, 1.5)
 FOR_TWO = ("average", "task-arithmetic", "ties", "dare-ties", "model-stock", "tsvm", "r-tsvm")
@@ -51,7 +51,7 @@ SAMPLES, CLASSES = 32, 8
 """Requests behind Fisher information and Gram matrices, and next tokens over which Fisher information is taken."""
 
 
-def jobs_of(methods: Sequence[str], steps: int) -> list[dict[str, Any]]:
+def jobs_of(methods: Sequence[str], made: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is measured, the slow first: {"method", "parameters", "experts"}."""
     found: list[dict[str, Any]] = [{"method": "", "parameters": {}, "experts": ()}]
     found += [{"method": "", "parameters": {}, "experts": (aspect,)} for aspect in ASPECTS]
@@ -60,7 +60,7 @@ def jobs_of(methods: Sequence[str], steps: int) -> list[dict[str, Any]]:
             continue
         for count in (3, 2):
             for experts in itertools.combinations(ASPECTS, count):
-                parameters = _parameters(name, experts, steps)
+                parameters = _parameters(name, experts, made)
                 method = catalogue.resolve(name).load()(**parameters)
                 # Fused into the first of two, where the method takes one.
                 if not any(_takes(method, number) for number in {count, count - 1 if count == 2 else count}):
@@ -73,7 +73,7 @@ def jobs_of(methods: Sequence[str], steps: int) -> list[dict[str, Any]]:
         if name == "r-tsvm":
             for parts in ({"outlier": "none"}, {"rank": "equal"}, {"outlier": "clip"}):
                 found.append({"method": name, "parameters": parts, "experts": ASPECTS})
-    return sorted(found, key=lambda job: (job["method"] not in ("", *SLOW), len(job["experts"]) == 2))
+    return sorted(found, key=lambda job: (len(job["experts"]) == 2, job["method"] not in ("", *SLOW)))
 
 
 def _takes(method: Merge, count: int) -> bool:
@@ -84,26 +84,30 @@ def _takes(method: Merge, count: int) -> bool:
     return True
 
 
-def _parameters(name: str, experts: Sequence[str], steps: int) -> dict[str, Any]:
+def _parameters(name: str, experts: Sequence[str], made: Mapping[str, Any]) -> dict[str, Any]:
     key = {"fisher": "information", "reg-mean": "grams"}.get(name)
-    return {key: tuple(str(_statistics_file(name, aspect, steps)) for aspect in experts)} if key else {}
+    return {key: tuple(str(_statistics_file(name, aspect, made)) for aspect in experts)} if key else {}
 
 
-def _statistics_file(name: str, aspect: str, steps: int) -> Path:
-    return cache_folder() / "models" / f"three-h-{aspect}-0-{steps}-{name}.safetensors"
+def _statistics_file(name: str, aspect: str, made: Mapping[str, Any]) -> Path:
+    folder = folder_of(aspect, **made)
+    return folder.with_name(f"{folder.name}-{name}.safetensors")
 
 
 class Bench:
     """A live model, the checkpoints, and requests; one per process."""
 
-    def __init__(self, device: str, size: int, steps: int, tuning: int) -> None:
+    def __init__(self, device: str, size: int, made: Mapping[str, Any], tuning: int) -> None:
         torch.set_num_threads(1)
-        self.device, self.steps = device, steps
+        self.device, self.made = device, made
         self.model = gratis.open("smollm2", dtype="float32", device=device)
         self.base = embedded_folder("smollm2")
-        self.folders = {aspect: expert_folder(aspect, steps=steps) for aspect in ASPECTS}
+        self.folders = {aspect: expert_folder(aspect, **made) for aspect in ASPECTS}
         self.weights = self.model.state_dict()
         self.before = {name: tensor.clone() for name, tensor in self.weights.items()}
+        self.trained = [
+            name for name, w in self.before.items() if is_matrix(name, tuple(w.shape), ("embed", "lm_head"))
+        ]
         self.test = {aspect: requests(aspect, "test", size) for aspect in ASPECTS}
         self.tuning = {aspect: requests(aspect, "train", tuning, seed=1) for aspect in ASPECTS}
 
@@ -125,28 +129,21 @@ class Bench:
         base, folders = self.base, [self.folders[aspect] for aspect in experts]
         if not _takes(method, len(experts)):
             base, *folders = folders
-        matrices = {
-            name: tuple(w.shape) for name, w in self.before.items() if method.unit(name, tuple(w.shape)) == "tensor"
-        }
+        whole = all(method.unit(name, tuple(self.before[name].shape)) == "tensor" for name in self.trained)
         plain = type(method).survey is Merge.survey and not method.measures and method.kept_share() is None
-        if (
-            self.device == "cpu"
-            or base != self.base
-            or not (plain and matrices and method.needs_base and method.differences)
-        ):
+        plain = plain and method.needs_base and method.differences and base == self.base
+        if self.device == "cpu" or not (whole and plain):
             merge_into(self.weights, method, folders, base)
             return
         # The other tensors (embeddings, norms) were not trained.
         checkpoints = [Checkpoint(folder) for folder in folders]
         self.put(self.before)
-        for name, shape in matrices.items():
-            if name not in checkpoints[0].places:
-                continue
+        for name in self.trained:
             changes = [c.tensor(name).to(self.device).float() - self.before[name] for c in checkpoints]
-            part = MergePart(name, 0, (1.0,) * len(changes), shape=shape)
+            part = MergePart(name, 0, (1.0,) * len(changes), shape=tuple(changes[0].shape))
             merged = method.combine([change.flatten() for change in changes], part)
             with torch.no_grad():
-                self.weights[name].add_(merged.view(shape))
+                self.weights[name].add_(merged.view(changes[0].shape))
 
     def measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """One row: good answers by aspect, as merged and at the best scale."""
@@ -198,7 +195,7 @@ class Bench:
 
     def statistics_files(self, name: str, aspect: str) -> None:
         """Fisher information or Gram matrices of a fine-tune on its own training requests."""
-        path = _statistics_file(name, aspect, self.steps)
+        path = _statistics_file(name, aspect, self.made)
         if path.is_file():
             return
         model = gratis.open(str(self.folders[aspect]), dtype="float32", device=self.device)
@@ -232,9 +229,9 @@ class Bench:
 _bench: Bench | None = None
 
 
-def _begin(device: str, size: int, steps: int, tuning: int) -> None:
+def _begin(device: str, size: int, made: Mapping[str, Any], tuning: int) -> None:
     global _bench
-    _bench = Bench(device, size, steps, tuning)
+    _bench = Bench(device, size, made, tuning)
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
@@ -249,12 +246,12 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         return {**job, "experts": list(job["experts"]), "error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def conflicts(steps: int, device: str) -> list[dict[str, Any]]:
+def conflicts(made: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     """How the fine-tunes' changes collide: signs, angles, and the overlap of their singular vectors, by pair and all."""
     base = Checkpoint(embedded_folder("smollm2"))
     changes: dict[str, dict[str, Tensor]] = {}
     for aspect in ASPECTS:
-        tuned = Checkpoint(expert_folder(aspect, steps=steps))
+        tuned = Checkpoint(expert_folder(aspect, **made))
         changes[aspect] = {
             name: (tuned.tensor(name).to(device).float() - base.tensor(name).to(device).float())
             for name, place in base.places.items()
@@ -385,21 +382,25 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=100, help="test requests of each aspect")
     parser.add_argument("--tuning", type=int, default=20, help="training requests of each aspect that choose the scale")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of the fine-tunes")
+    parser.add_argument("--rate", type=float, default=RATE, help="learning rate of the fine-tunes")
     parser.add_argument("--methods", nargs="*", default=[], help="only these")
-    parser.add_argument("--rows", type=Path, default=cache_folder() / "three_h.jsonl", help="rows as they come")
+    parser.add_argument("--rows", type=Path, default=None, help="rows as they come")
     flags = parser.parse_args()
+    made = {"steps": flags.steps, "rate": flags.rate}
     for aspect in ASPECTS:
-        expert_folder(aspect, device=flags.device, steps=flags.steps)
-    print(json.dumps({"conflicts": (found := conflicts(flags.steps, flags.device))}, indent=1), flush=True)
+        expert_folder(aspect, device=flags.device, **made)
+    print(json.dumps({"conflicts": (found := conflicts(made, flags.device))}, indent=1), flush=True)
+    if flags.rows is None:
+        flags.rows = cache_folder() / f"three_h-{flags.steps}-{flags.rate:g}-{flags.size}.jsonl"
     rows = [json.loads(text) for text in flags.rows.read_text().splitlines()] if flags.rows.is_file() else []
     done = {json.dumps([row["method"], row["parameters"], row["experts"]]) for row in rows if "right" in row}
     wanted = [
         job
-        for job in jobs_of(flags.methods, flags.steps)
+        for job in jobs_of(flags.methods, made)
         if json.dumps([job["method"], job["parameters"], list(job["experts"])]) not in done
     ]
     flags.rows.parent.mkdir(parents=True, exist_ok=True)
-    began = (flags.device, flags.size, flags.steps, flags.tuning)
+    began = (flags.device, flags.size, made, flags.tuning)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(flags.jobs, spawn, _begin, began) as pool, open(flags.rows, "a") as file:
         running = [pool.submit(_run, job) for job in wanted]
@@ -409,7 +410,7 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
     device = torch.cuda.get_device_name() if flags.device.startswith("cuda") else "cpu"
-    trained = {a: json.loads((expert_folder(a, steps=flags.steps) / "figures.json").read_text()) for a in ASPECTS}
+    trained = {a: json.loads((expert_folder(a, **made) / "figures.json").read_text()) for a in ASPECTS}
     store(
         "three_h",
         {

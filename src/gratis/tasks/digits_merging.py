@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 from gratis.contract.method import Method
 from gratis.contract.parameters import param
 from gratis.tasks.task import Measurement, Metric, Progress, Series, Task, TaskCard, silent
+
+TRAINED_ON = 1200
+UNLABELLED = 256
+"""Pictures of each way for methods that ask for inputs of every expert, as the papers take."""
 
 
 class DigitsMerging(Task):
@@ -68,7 +73,21 @@ def _merged(subject: Any, method: Method | None) -> Iterator[Any]:
         yield base, groups
         return
     assert isinstance(method, Merge)
-    yield merge_state_dicts(method, tuned, base), groups
+    if not hasattr(method, "from_inputs"):
+        yield merge_state_dicts(method, tuned, base), groups
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        informed = method.from_inputs([_network(own) for own in tuned], _unlabelled(len(tuned)), folder)
+        yield merge_state_dicts(informed, tuned, base), groups
+
+
+def _network(weights: Any) -> Any:
+    import torch
+
+    network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    if weights is not None:
+        network.load_state_dict(weights)
+    return network
 
 
 def _forward(weights: Any, images: Any) -> Any:
@@ -78,6 +97,20 @@ def _forward(weights: Any, images: Any) -> Any:
     return hidden @ weights["2.weight"].T + weights["2.bias"]
 
 
+def _shown(images: Any) -> list[Any]:
+    square = images.view(-1, 8, 8)
+    return [square.roll(1, 2).flatten(1), square.roll(1, 1).flatten(1), 0.8 - 0.3 * images]
+
+
+def _unlabelled(ways: int) -> list[Any]:
+    """For each way of showing digits, pictures of the training without their labels."""
+    import torch
+    from sklearn.datasets import load_digits
+
+    images = torch.from_numpy(load_digits(return_X_y=True)[0][:UNLABELLED] / 16).float()
+    return _shown(images)[:ways]
+
+
 def experts(epochs: int) -> Any:
     """(base weights, three fine-tuned weights, three pairs of test images and labels)."""
     import torch
@@ -85,14 +118,11 @@ def experts(epochs: int) -> Any:
 
     pixels, digits = load_digits(return_X_y=True)
     images, labels = torch.from_numpy(pixels / 16).float(), torch.from_numpy(digits)
-    train, test = slice(0, 1200), slice(1200, None)
-    square = images.view(-1, 8, 8)
-    shown = [square.roll(1, 2).flatten(1), square.roll(1, 1).flatten(1), 0.8 - 0.3 * images]
+    train, test = slice(0, TRAINED_ON), slice(TRAINED_ON, None)
+    shown = _shown(images)
 
     def trained(start: Any, inputs: Any, passes: int, rate: float) -> Any:
-        network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
-        if start is not None:
-            network.load_state_dict(start)
+        network = _network(start)
         optimizer = torch.optim.Adam(network.parameters(), lr=rate)
         for _ in range(passes):
             optimizer.zero_grad()

@@ -38,6 +38,7 @@ class SegmentationMerging(Task):
     pictures: int = param(100, above=0, unit="pictures", help="pictures of each look that are reported on")
     looks: tuple[str, ...] = param(("clean", "textured", "faded", "thin"), help="looks that count")
     regime: str = param("single", choices=("single", "multi"), help="search one mean score, or a front over looks")
+    device: str = param("cpu", help="where pictures are segmented")
 
     def subject(self) -> Any:
         from gratis import zoo
@@ -47,7 +48,7 @@ class SegmentationMerging(Task):
         states = [{name: tensor.detach().clone() for name, tensor in m.state_dict().items()} for m in models]
         seen = {look: boxed(look, SEARCHED, SEARCHED + self.search) for look in self.looks}
         unseen = {look: boxed(look, REPORTED, REPORTED + self.pictures) for look in self.looks}
-        return models[0], states, seen, unseen
+        return models[0].to(self.device), states, seen, unseen
 
     def applied(self, subject: Any, method: Method | None) -> AbstractContextManager[Any]:
         return self._merged(subject, method)

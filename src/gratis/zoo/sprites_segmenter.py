@@ -99,5 +99,6 @@ def scores(model: Any, pictures: Boxed, batch: int = 64) -> Tensor:
     made = []
     for at in range(0, len(pictures), batch):
         rows = slice(at, at + batch)
-        made.append(dice(segment(model, pictures.images[rows], pictures.boxes[rows]), pictures.masks[rows]))
+        images, boxes = pictures.images[rows].to(model.device), pictures.boxes[rows].to(model.device)
+        made.append(dice(segment(model, images, boxes).cpu(), pictures.masks[rows]))
     return torch.cat(made)

@@ -438,3 +438,30 @@ def test_the_result_does_not_depend_on_stretches(method):
     experts = experts[:2]
     one, other = (merge_state_dicts(method, experts, base, stretch=s) for s in (65536, 10**6))
     assert all(torch.equal(one[n], other[n]) for n in base)
+
+
+def test_fisher_and_regmean_take_what_they_need_from_inputs(tmp_path):
+    """Two linear classifiers of one weight each, so that both have a closed form."""
+    generator = torch.Generator().manual_seed(2)
+    models = [torch.nn.Linear(3, 2, bias=False) for _ in range(2)]
+    inputs = [torch.randn(40, 3, generator=generator) for _ in range(2)]
+    with torch.no_grad():
+        for model in models:
+            model.weight.copy_(torch.randn(2, 3, generator=generator))
+    states = [model.state_dict() for model in models]
+    grams = [x.double().T @ x.double() / len(x) for x in inputs]
+    grams = [g * 0.9 + 0.1 * g.diagonal().diag() for g in grams]
+    products = sum(g @ s["weight"].double().T for g, s in zip(grams, states, strict=True))
+    expected = torch.linalg.solve(sum(grams), products).T.float()
+    got = merge_state_dicts(gratis.RegMean().from_inputs(models, inputs, tmp_path), states)["weight"]
+    torch.testing.assert_close(got, expected)
+    # E_{y~p} (d log p(y))^2 of a linear classifier is p (1 - p) x^2, for both classes of two.
+    shares = [(x @ s["weight"].T).softmax(-1) for x, s in zip(inputs, states, strict=True)]
+    importance = [
+        ((p * (1 - p)).T @ x.square() / len(x)) + 1e-6 for p, x in zip(shares, inputs, strict=True)
+    ]  # fmt: skip
+    expected = sum(f * s["weight"] for f, s in zip(importance, states, strict=True)) / sum(importance)
+    got = merge_state_dicts(gratis.Fisher().from_inputs(models, inputs, tmp_path), states)["weight"]
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(InputError, match="at least one example"):
+        gratis.Fisher().from_inputs(models, [[], []], tmp_path)

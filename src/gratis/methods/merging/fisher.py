@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
@@ -26,7 +28,7 @@ FLOOR = 1e-6
 class Fisher(Merge):
     """The mean of the experts' weights, each entry weighted by its Fisher information in its own model.
 
-    The information comes from files, one per expert, with a tensor per weight: `fisher_information` computes it.
+    The information comes from files, one per expert, with a tensor per weight: `from_inputs` writes them.
     """
 
     card = Card(
@@ -37,7 +39,21 @@ class Fisher(Merge):
         acts_on="checkpoints",
         free_of=("training", "labels", "base model"),
         summary="one model from several fine-tunes, each weight by the models that it matters to",
-        limits="Needs some unlabelled inputs per expert. Tensors without information are averaged.",
+        limits=(
+            "Needs some unlabelled inputs per expert. Tensors without information are averaged. A model whose gradients "
+            "are larger wins everywhere unless information is normalised."
+        ),
+        claims=(
+            Claim(
+                name="no gain over the average on digits; within 0.03 of it where information is normalised",
+                task="digits-merging",
+                metric="accuracy",
+                compare="difference",
+                at_least=-0.03,
+                against="average",
+                parameters={"normalize": True},
+            ),
+        ),
     )
     needs_base = False
 
@@ -47,6 +63,32 @@ class Fisher(Merge):
     def check_experts(self, count: int) -> None:
         if len(self.information) != count:
             raise InputError(f"Fisher: there are {count} experts but {len(self.information)} files of information.")
+
+    def from_inputs(
+        self,
+        models: Sequence[torch.nn.Module],
+        inputs: Sequence[Iterable[Any]],
+        folder: str | os.PathLike[str],
+        log_probabilities: Callable[[Any, Any], Tensor] | None = None,
+    ) -> Self:
+        """The method with the information of `models` on `inputs`, one collection of examples per expert.
+
+        Files go into `folder`. `log_probabilities(model, example)` returns (classes,); by default the model is a
+        classifier that is called with the example, (features,). Raises InputError without examples.
+        """
+        from safetensors.torch import save_file
+
+        def of_classifier(model: Any, example: Any) -> Tensor:
+            logs: Tensor = model(example[None])[0].log_softmax(-1)
+            return logs
+
+        files = []
+        for number, (model, examples) in enumerate(zip(models, inputs, strict=True)):
+            file = Path(folder) / f"information-{number}.safetensors"
+            found = fisher_information(model, examples, log_probabilities or of_classifier)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, file)
+            files.append(str(file))
+        return self.replace(information=tuple(files))
 
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
         merged, total = torch.zeros_like(experts[0]), torch.zeros_like(experts[0])

@@ -7,13 +7,15 @@ X. Jin, X. Ren, D. Preotiuc-Pietro and P. Cheng, "Dataless Knowledge Fusion by M
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
@@ -23,7 +25,7 @@ from gratis.subjects.checkpoints import Checkpoint
 class RegMean(Merge):
     """Linear layers by least squares over each expert's inputs, all other tensors by the mean.
 
-    The inputs come as files of Gram matrices, one per expert: `gram_matrices` computes them.
+    The inputs come as files of Gram matrices, one per expert: `from_inputs` writes them.
     """
 
     card = Card(
@@ -35,6 +37,17 @@ class RegMean(Merge):
         free_of=("training", "labels", "base model"),
         summary="one model from several fine-tunes, whose linear layers answer as each expert's did",
         limits="Needs some unlabelled inputs per expert. Weights of the call are used for the mean only.",
+        claims=(
+            Claim(
+                name="with 256 unlabelled pictures of each way of showing digits, better than the average by 0.04",
+                task="digits-merging",
+                metric="accuracy",
+                compare="difference",
+                at_least=0.04,
+                against="average",
+                parameters={},
+            ),
+        ),
     )
     needs_base = False
 
@@ -46,6 +59,28 @@ class RegMean(Merge):
     def check_experts(self, count: int) -> None:
         if len(self.grams) != count:
             raise InputError(f"RegMean: there are {count} experts but {len(self.grams)} files of Gram matrices.")
+
+    def from_inputs(
+        self,
+        models: Sequence[torch.nn.Module],
+        inputs: Sequence[Iterable[Any]],
+        folder: str | os.PathLike[str],
+        run: Callable[[Any, Any], Any] | None = None,
+    ) -> Self:
+        """The method with the Gram matrices of `models` on `inputs`, one collection of examples per expert.
+
+        Files go into `folder`. `run(model, example)` runs a model; by default it is called with the example. Raises
+        InputError without examples.
+        """
+        from safetensors.torch import save_file
+
+        files = []
+        for number, (model, examples) in enumerate(zip(models, inputs, strict=True)):
+            file = Path(folder) / f"grams-{number}.safetensors"
+            found = gram_matrices(model, examples, run or (lambda model, example: model(example)))
+            save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, file)
+            files.append(str(file))
+        return self.replace(grams=tuple(files))
 
     def unit(self, tensor: str, shape: tuple[int, ...]) -> Literal["stretch", "tensor"]:
         return "tensor" if len(shape) == 2 and self._known(tensor) else "stretch"

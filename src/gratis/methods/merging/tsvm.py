@@ -135,5 +135,5 @@ def interference(deltas: list[Tensor], rank: int) -> float:
     """How much the tasks' kept singular vectors overlap: the sum of |(U'U - I) S (V'V - I)|; 0 where none does."""
     parts = [leading(delta.double(), rank) for delta in deltas]
     left, right = torch.cat([u for u, _, _ in parts], 1), torch.cat([v for _, _, v in parts], 1)
-    values, one = torch.cat([s for _, s, _ in parts]), torch.eye(left.shape[1], dtype=torch.float64)
+    values, one = torch.cat([s for _, s, _ in parts]), torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
     return float((((left.T @ left - one) * values) @ (right.T @ right - one)).abs().sum())

@@ -30,17 +30,24 @@ COMPLETE = "figures.json"
 """Written last into a fine-tune's folder: what its training measured."""
 
 
-def expert_folder(aspect: str, *, device: str = "cpu", seed: int = 0, steps: int = STEPS) -> Path:
-    """The folder of an aspect's fine-tune, trained if the cache does not have it yet. Raises ParameterError."""
+def folder_of(aspect: str, *, seed: int = 0, steps: int = STEPS, rate: float = RATE) -> Path:
+    """Where an aspect's fine-tune is kept. Raises ParameterError for an aspect that is none."""
     if aspect not in ASPECTS:
         raise ParameterError(f"An aspect is one of {', '.join(ASPECTS)}, not {aspect!r}.")
-    folder = cache_folder() / "models" / f"three-h-{aspect}-{seed}-{steps}"
+    return cache_folder() / "models" / f"three-h-{aspect}-{seed}-{steps}-{rate:g}"
+
+
+def expert_folder(aspect: str, *, device: str = "cpu", seed: int = 0, steps: int = STEPS, rate: float = RATE) -> Path:
+    """The folder of an aspect's fine-tune, trained if the cache does not have it yet. Raises ParameterError."""
+    folder = folder_of(aspect, seed=seed, steps=steps, rate=rate)
     if not (folder / COMPLETE).is_file():
-        train(aspect, folder, device=device, seed=seed, steps=steps)
+        train(aspect, folder, device=device, seed=seed, steps=steps, rate=rate)
     return folder
 
 
-def train(aspect: str, folder: Path, *, device: str = "cpu", seed: int = 0, steps: int = STEPS) -> dict[str, Any]:
+def train(
+    aspect: str, folder: Path, *, device: str = "cpu", seed: int = 0, steps: int = STEPS, rate: float = RATE
+) -> dict[str, Any]:
     """Fine-tune for an aspect and write the model into `folder`; a kill leaves nothing there. Returns the figures."""
     from gratis.subjects import tokenizer_of
     from gratis.subjects.embedded import quiet_transformers
@@ -54,7 +61,7 @@ def train(aspect: str, folder: Path, *, device: str = "cpu", seed: int = 0, step
     model.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
-    optimiser = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / 10, max(1 - step / max(steps, 1), 0.0))
     )
@@ -67,12 +74,16 @@ def train(aspect: str, folder: Path, *, device: str = "cpu", seed: int = 0, step
         optimiser.step()
         schedule.step()
         losses.append(loss.detach())
+    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    seen = requests(aspect, "train", 20, seed + 1)
+    right = [r.right(t) for r, t in zip(seen, answers(model, [r.prompt for r in seen])[0], strict=True)]
     values = torch.stack(losses).tolist() if losses else [0.0]
     figures = {
-        "aspect": aspect, "seed": seed, "steps": steps, "batch": BATCH, "rate": RATE, "device": device,
+        "aspect": aspect, "seed": seed, "steps": steps, "batch": BATCH, "rate": rate, "device": device,
         "loss of the first step": round(values[0], 4),
         "loss of the last tenth": round(sum(values[-max(steps // 10, 1) :]) / max(steps // 10, 1), 4),
-        "seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
+        "good answers to other requests of the training's words": sum(right) / len(right),
+        "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
     }  # fmt: skip
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
@@ -120,10 +131,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of {BATCH} requests")
+    parser.add_argument("--rate", type=float, default=RATE, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    folder = expert_folder(flags.aspect, device=flags.device, seed=flags.seed, steps=flags.steps)
+    folder = expert_folder(flags.aspect, device=flags.device, seed=flags.seed, steps=flags.steps, rate=flags.rate)
     print((folder / COMPLETE).read_text(encoding="utf-8"), f"in {folder}")
 
 
