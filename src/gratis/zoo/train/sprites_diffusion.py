@@ -7,6 +7,7 @@ classifier-free guidance works.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from gratis.zoo.sprites import Scenes, World, ambiguous_caption, render, words
+from gratis.zoo.sprites import World, ambiguous_caption, render, words
+from gratis.zoo.sprites_tokens import pixels
 from gratis.zoo.text import word_tokenizer
-from gratis.zoo.train.loop import Average, arguments, fit, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, write_card
 
 WORLD = World(sizes=("medium", "large"), seed=11)
 SAID = {"size": 0.5, "colour": 1.0, "shape": 1.0, "position": 0.7}
 TOKENS = 16
+PICTURES, WORDINGS = 30_000, 4
 TEST = 1_000_000
-
-
-def pictures(scenes: Scenes) -> Tensor:
-    """Pictures of a batch as (batch, 3, 32, 32) in -1..1."""
-    return torch.from_numpy(render(scenes, 32).images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def autoencoder() -> Any:
@@ -61,48 +58,54 @@ def text_encoder(vocabulary: int) -> CLIPTextModel:
     )  # fmt: skip
 
 
-def train_autoencoder(model: Any, steps: int, batch: int) -> dict[str, float]:
+def train_autoencoder(model: Any, shown: Tensor, wish: argparse.Namespace) -> dict[str, float]:
     """Reconstruct, with a little noise on the latents so that the decoder forgives the denoiser's errors."""
+    examples = Examples(shown, batch=2 * wish.batch, seed=wish.seed, device=wish.device)
 
     def loss_at(step: int) -> Tensor:
-        images = pictures(WORLD.scenes(step * batch, (step + 1) * batch))
+        images = pixels(examples.draw()[0])
         latents = model.encoder(images)
         decoded = model.decoder(latents + 0.05 * torch.randn_like(latents))
-        error = F.mse_loss(decoded.float(), images) + 0.3 * F.l1_loss(decoded.float(), images)
-        return error + 1e-3 * F.relu(latents.float() ** 2 - 1).mean()
+        error = F.mse_loss(decoded, images) + 0.3 * F.l1_loss(decoded, images)
+        return error + 1e-3 * F.relu(latents**2 - 1).mean()
 
-    return fit(loss_at, model.parameters(), steps=steps, rate=2e-3, say="autoencoder")
+    return fit(
+        loss_at, model.parameters(), steps=max(wish.steps // 8, 2), rate=2e-3, seconds=0.2 * wish.seconds,
+        say="autoencoder",
+    )  # fmt: skip
 
 
-def train(pipeline: Any, steps: int, batch: int, rate: float) -> dict[str, float]:
-    """Predict the noise (epsilon) at uniform timesteps; the pipeline ends with averaged weights."""
+def train(pipeline: Any, shown: Tensor, captions: Tensor, wish: argparse.Namespace) -> dict[str, float]:
+    """Predict the noise (epsilon) at uniform timesteps; the pipeline ends with averaged weights.
+
+    captions: (pictures, wordings, 16); one in ten is replaced by that of the empty text.
+    """
     unet, text, vae = pipeline.unet, pipeline.text_encoder, pipeline.vae
-    unet.set_attn_processor(AttnProcessor())  # plain attention has the fastest backward pass on a CPU
-    text.set_attn_implementation("eager")
     averages = [Average(unet, 0.999), Average(text, 0.999)]
-    noise_levels = pipeline.scheduler.alphas_cumprod
-    generator = torch.Generator().manual_seed(1)
+    noise_levels = pipeline.scheduler.alphas_cumprod.to(wish.device)
+    with torch.no_grad():
+        latents = torch.cat([vae.encoder(pixels(part.to(wish.device))) for part in shown.split(256)])
+    latents = latents * vae.config.scaling_factor
+    examples = Examples(latents, captions, batch=wish.batch, seed=wish.seed, device=wish.device)
+    empty = pipeline.tokenizer("", padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
 
     def loss_at(step: int) -> Tensor:
-        start = (step * batch) % 400_000
-        scenes = WORLD.scenes(start, start + batch)
-        said = [ambiguous_caption(scene, SAID, seed=step, background=0.5) for scene in scenes]
-        kept = torch.rand(batch, generator=generator) > 0.1
-        ids = pipeline.tokenizer(
-            [caption if keep else "" for caption, keep in zip(said, kept, strict=True)],
-            padding="max_length", max_length=TOKENS, return_tensors="pt",
-        ).input_ids  # fmt: skip
-        with torch.no_grad():
-            latents = vae.encoder(pictures(scenes)).float() * vae.config.scaling_factor
-        noise = torch.randn(latents.shape, generator=generator)
-        times = torch.randint(1000, (batch,), generator=generator)
+        clean, wordings = examples.draw()
+        ids = wordings[:, step % wordings.shape[1]]
+        dropped = torch.rand(len(ids), 1, device=ids.device) < 0.1
+        ids = torch.where(dropped, empty.to(ids.device), ids)
+        noise = torch.randn_like(clean)
+        times = torch.randint(len(noise_levels), (len(clean),), device=clean.device)
         level = noise_levels[times][:, None, None, None]
-        noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
+        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
         predicted = unet(noisy, times, encoder_hidden_states=text(ids).last_hidden_state).sample
-        return F.mse_loss(predicted.float(), noise)
+        return F.mse_loss(predicted, noise)
 
     parameters = [*unet.parameters(), *text.parameters()]
-    figures = fit(loss_at, parameters, steps=steps, rate=rate, averages=averages, say="denoiser")
+    figures = fit(
+        loss_at, parameters, steps=wish.steps, rate=wish.rate, averages=averages, seconds=0.8 * wish.seconds,
+        say="denoiser",
+    )  # fmt: skip
     for module, average in zip((unet, text), averages, strict=True):
         module.load_state_dict(average.module.state_dict())
     return figures
@@ -123,7 +126,7 @@ def attribute_accuracy(pipeline: Any, count: int, steps: int = 50, guidance: flo
             pipeline(
                 [ambiguous_caption(scene, SAID, seed=0, background=0.5) for scene in rows],
                 num_inference_steps=steps, guidance_scale=guidance, output_type="np",
-                generator=torch.Generator().manual_seed(start),
+                generator=torch.Generator(pipeline.device).manual_seed(start),
             ).images
         )  # fmt: skip
     seen = classify(load("sprites-classifier"), torch.from_numpy(np.concatenate(images)))
@@ -140,11 +143,15 @@ def main() -> None:
     """Train the parts, save the pipeline, measure it as saved."""
     wish = arguments(__doc__ or "", steps=3000, batch=32, rate=1.5e-3)
     tokenizer = word_tokenizer(words(), TOKENS)
-    vae = autoencoder()
-    vae_figures = train_autoencoder(vae, max(wish.steps // 8, 2), 2 * wish.batch)
+    scenes = WORLD.scenes(0, min(PICTURES, 2 * wish.steps * wish.batch))
+    shown = torch.from_numpy(render(scenes, 32).images)
+    said = [ambiguous_caption(scene, SAID, seed=seed, background=0.5) for scene in scenes for seed in range(WORDINGS)]
+    captions = tokenizer(said, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    vae = autoencoder().to(wish.device)
+    vae_figures = train_autoencoder(vae, shown, wish)
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        test = pictures(WORLD.scenes(TEST, TEST + 512))
+        test = pixels(torch.from_numpy(render(WORLD.scenes(TEST, TEST + 512), 32).images)).to(wish.device)
         latents = vae.encoder(test)
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         error = F.mse_loss(vae.decoder(latents), test).item() / 4
@@ -159,13 +166,13 @@ def main() -> None:
     pipeline: Any = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder(len(tokenizer)), tokenizer=tokenizer, unet=denoiser(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    ).to(wish.device)  # fmt: skip
     parameters = sum(weight.numel() for weight in [*pipeline.unet.parameters(), *pipeline.text_encoder.parameters()])
     print(f"{parameters} parameters", flush=True)
-    figures = train(pipeline, wish.steps, wish.batch, wish.rate)
+    figures = train(pipeline, shown, captions.view(len(scenes), WORDINGS, TOKENS), wish)
     folder: Path = wish.out / "sprites-diffusion"
-    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(wish.device)
     pipeline.set_progress_bar_config(disable=True)
     measured = attribute_accuracy(pipeline, 256 if wish.steps > 100 else 4, 50 if wish.steps > 100 else 2)
     write_card(
@@ -180,6 +187,7 @@ def main() -> None:
             "autoencoder steps": vae_figures["steps"], "autoencoder CPU seconds": vae_figures["cpu_seconds"],
             "autoencoder PSNR in dB": round(-10 * torch.tensor(error).log10().item(), 2), **measured,
         },
+        device=wish.device,
     )  # fmt: skip
 
 
