@@ -109,7 +109,7 @@ def lines(
         )
         label = name.removesuffix(", ms")
         drawn.append(Line(label, COLOURS[label.partition(",")[0]], series))
-    return standalone(line_plot(drawn, WIDE), [(line.label, line.colour) for line in drawn])
+    return standalone(line_plot(drawn, WIDE), [(line.label, line.colour) for line in drawn], y_label)
 
 
 def recall(tables: dict[str, Any]) -> str:
@@ -151,7 +151,7 @@ def heat_map(rows: Sequence[dict[str, Any]]) -> str:
     texts = list(dict.fromkeys(row["text"] for row in rows))
     budgets = sorted({row["budget"] for row in rows})
     ladders = [key.removesuffix(": difference") for key in rows[0] if key.endswith(": difference")]
-    left, top, width, height = 140, 30, 170, 30
+    left, top, width, height = 140, 30, 190, 30
     parts = [
         f'<text x="{left + place * width + 6}" y="18">budget {budget}</text>' for place, budget in enumerate(budgets)
     ]
@@ -203,12 +203,14 @@ def _drawn(width: int, height: int, said: str, parts: Sequence[str]) -> str:
     return standalone(opening + "".join(parts) + "</svg>", [])
 
 
-def standalone(svg: str, keys: Sequence[tuple[str, str]]) -> str:
-    """An SVG that needs no page around it: with its colours, a ground and a legend above."""
+def standalone(svg: str, keys: Sequence[tuple[str, str]], heading: str = "") -> str:
+    """An SVG that needs no page around it: with its colours, a ground, and a heading and a legend above."""
     opening, _, body = svg.partition(">")
     _, _, rest = opening.partition('viewBox="')
     _, _, wide, high = map(float, rest.partition('"')[0].split())
-    above, x, legend = 30 if keys else 0, 8.0, []
+    above, x, legend = 54 if keys else 0, 8.0, []
+    if heading:
+        legend.append(f'<text class="label" x="8" y="{-above + 40}">{escape(heading)}</text>')
     for label, colour in keys:
         legend.append(f'<rect class="key {colour}" x="{x:g}" y="{-above + 10}" width="18" height="4" rx="2"/>')
         legend.append(f'<text class="label" x="{x + 24:g}" y="{-above + 17}">{escape(label)}</text>')
