@@ -43,28 +43,39 @@ class Reached:
     """Names of what the model passes beside query, key, value and mask, and is not None: `scaling`, `s_aux`, …."""
     biased: bool = False
     """Whether its mask holds numbers to add to the logits, besides 0 and what hides a key."""
+    key_heads: int = 0
 
 
 PROBE_LENGTH = 7
 _numbers = itertools.count()
 _before: dict[str, str] = {}
 """Registered name to the implementation that it stands before."""
+_outermost: dict[str, bool] = {}
+"""Registered names that stay before all others."""
+_added: dict[int, Tensor] = {}
+"""Module to what is added to the logits of the first token."""
 _registering = threading.Lock()
 
 
-def install_attention(model: Any, method: str, attend: Attend, scope: Scope) -> None:
-    """Call `attend` wherever `model`'s text decoder attends, in the place of its attention function."""
+def install_attention(model: Any, method: str, attend: Attend, scope: Scope, *, outermost: bool = False) -> None:
+    """Call `attend` wherever `model`'s text decoder attends, in the place of its attention function.
+
+    What is attached later comes around what was attached earlier, except around one that is `outermost`: a method that
+    attends to keys of its own does not call what is below it, and is given queries and keys as the model made them.
+    """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     config = text_config(model)
-    below = config._attn_implementation or "eager"
+    top = config._attn_implementation or "eager"
+    under = top in _outermost and not outermost
+    below = _before[top] if under else top
     name = f"gratis-{method}-{next(_numbers)}"
 
     def function(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        return attend(_function_of(module, below), module, query, key, value, attention_mask, **kwargs)
+        return attend(_function_of(module, _before[name]), module, query, key, value, attention_mask, **kwargs)
 
     with _registering:
         scope.set_item(_before, name, below)
@@ -72,15 +83,39 @@ def install_attention(model: Any, method: str, attend: Attend, scope: Scope) -> 
         masks = AttentionMaskInterface._global_mapping
         if below in masks:
             scope.set_item(masks, name, masks[below])
-        scope.set_attribute(config, "_attn_implementation_internal", name)
+        if outermost:
+            scope.set_item(_outermost, name, True)
+        if under:
+            scope.set_item(_before, top, name)
+        else:
+            scope.set_attribute(config, "_attn_implementation_internal", name)
+
+
+def add_to_first_token(module: Any, logs: Tensor, scope: Scope) -> None:
+    """Declare that `logs` (heads,) is added to the logit of the text's first token wherever `module` attends.
+
+    Whoever declares it adds it where the module attends through the interface; a method that attends to keys of its own
+    asks for it.
+    """
+    scope.set_item(_added, id(module), logs)
+
+
+def added_to_first_token(module: Any) -> Tensor | None:
+    """(heads,) what is added to the logit of the text's first token, None where nothing is."""
+    return _added.get(id(module))
+
+
+def implementation_below(model: Any) -> str:
+    """Name of what attends in the end, below all that is attached."""
+    name: str = text_config(model)._attn_implementation or "eager"
+    while name in _before:
+        name = _before[name]
+    return name
 
 
 def takes_masks(model: Any) -> bool:
     """Whether what attends in the end adds masks of floats (batch, heads, length, all) to its logits."""
-    name = text_config(model)._attn_implementation or "eager"
-    while name in _before:
-        name = _before[name]
-    return name in {"sdpa", "eager"}
+    return implementation_below(model) in {"sdpa", "eager"}
 
 
 def holds_biases(mask: Any) -> bool:
@@ -103,7 +138,7 @@ def check_attention(subject: Any, method: str) -> list[Reached]:
         if id(module) not in reached:
             given = frozenset(name for name, argument in kwargs.items() if argument is not None)
             local = _is_local(model, module, kwargs)
-            reached[id(module)] = Reached(module, query.shape[1], local, given, holds_biases(mask))
+            reached[id(module)] = Reached(module, query.shape[1], local, given, holds_biases(mask), key.shape[1])
         return inner(module, query, key, value, mask, **kwargs)
 
     plain = _probe(model, method)
