@@ -322,9 +322,9 @@ def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             **{aspect: round(share, 3) for aspect, share in shares.items()},
             "mean": round(statistics.fmean(shares[aspect] for aspect in among if aspect in shares), 3),
         }
-        if set(among) <= own.keys():
+        if all(own.get(aspect) for aspect in among):
             made["share of the specialists'"] = round(
-                statistics.fmean(shares[a] / own[a] for a in among if a in shares and own[a]), 3
+                statistics.fmean(shares[a] / own[a] for a in among if a in shares), 3
             )
         beside = average.get(tuple(row["experts"]))
         if beside is not None and row["method"] and set(right) == set(beside["right"]):
