@@ -51,13 +51,13 @@ class SampledTokens(Task):
             "max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens,
         }  # fmt: skip
         torch.manual_seed(seed)
-        before = _passes(model)
+        before = reported_passes(model)
         drawn = []
         for number in range(self.responses):
             out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
             drawn.append(out[0, prompt.shape[1] :])
             progress((number + 1) / self.responses, f"response {number + 1}")
-        passes, tokens = _passes(model) - before, self.responses * self.new_tokens
+        passes, tokens = reported_passes(model) - before, self.responses * self.new_tokens
         found = torch.stack(drawn).cpu()
         plain = sampled_plainly(model, prompt, self.responses, self.new_tokens, self.temperature, seed + 1).cpu()
         return Measurement(
@@ -129,6 +129,6 @@ def _prompt(model: Any, length: int) -> Any:
     return torch.tensor([ids], device=model.device)
 
 
-def _passes(model: Any) -> int:
+def reported_passes(model: Any) -> int:
     """Forward passes that attached methods have reported so far."""
     return sum(int(report.get("forward_passes", 0)) for one in attached(model) for report in one.report().values())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gratis.contract.attach import Scope
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.contract.method import Decoding
 from gratis.contract.parameters import param
@@ -57,6 +57,24 @@ class Prophet(Decoding):
             "Thresholds are in the model's logit units: `calibrate` scales them on unlabelled prompts. A commit may "
             "leave earlier reasoning inconsistent with the answer; min_progress holds it back. Open-ended text has no "
             "answer region, and little is saved there."
+        ),
+        claims=(
+            Claim(
+                name="sums take at most two thirds of the full schedule's passes, at the authors' thresholds",
+                task="masked-arithmetic",
+                metric="row_passes",
+                compare="ratio",
+                at_most=0.67,
+                parameters={"answer_positions": (28, 29, 30)},
+            ),
+            Claim(
+                name="their answers are about as often right as the full schedule's: at most 0.03 less",
+                task="masked-arithmetic",
+                metric="accuracy",
+                compare="difference",
+                at_least=-0.03,
+                parameters={"answer_positions": (28, 29, 30)},
+            ),
         ),
     )
 

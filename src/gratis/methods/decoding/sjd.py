@@ -77,6 +77,20 @@ class SJD(Decoding):
                 at_most=0.95,
                 parameters={"random_law": "uniform", "window": 4},
             ),
+            Claim(
+                name="pictures written as tokens, with guidance, take at most three quarters of the passes",
+                task="sampled-pictures",
+                metric="passes_per_token",
+                at_most=0.75,
+                parameters={"random_law": "uniform"},
+            ),
+            Claim(
+                name="their tokens have the distribution of plain guided sampling (smallest p-value, corrected)",
+                task="sampled-pictures",
+                metric="p_value",
+                at_least=0.01,
+                parameters={"random_law": "uniform"},
+            ),
         ),
     )
 

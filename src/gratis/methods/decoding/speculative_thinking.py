@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from gratis.contract.attach import Attachment, Scope
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import ParameterError, SubjectError
 from gratis.contract.method import Decoding
 from gratis.contract.parameters import param
@@ -67,6 +67,25 @@ class SpeculativeThinking(Decoding):
             "Nothing is gained where the small model never writes the keywords (look at its report first), nor where "
             "the target is no better at the problem. Keywords are English. On endpoints without prefix caching every "
             "takeover reads the whole text again."
+        ),
+        claims=(
+            Claim(
+                name="a small model of the zoo answers more sums rightly with the larger one's help: at least 0.05 more",
+                task="stepwise-arithmetic",
+                metric="accuracy",
+                compare="difference",
+                at_least=0.05,
+                against="sampling",
+                against_parameters={"temperature": 0.6, "top_p": 0.95, "top_k": 50},
+                parameters={"target": "zoo:arithmetic-large"},
+            ),
+            Claim(
+                name="the larger model writes at most 0.6 of the tokens",
+                task="stepwise-arithmetic",
+                metric="target_share",
+                at_most=0.6,
+                parameters={"target": "zoo:arithmetic-large"},
+            ),
         ),
     )  # fmt: skip
 
