@@ -69,7 +69,7 @@ class Problem:
         return found
 
 
-def problems(count: int, seed: int, terms: tuple[int, int] = (3, 5), largest: int = 99) -> list[Problem]:
+def problems(count: int, seed: int, terms: tuple[int, int] = (3, 4), largest: int = 99) -> list[Problem]:
     """`count` problems of `terms` (fewest, most) numbers of at least 10; values on the way are within 0 to `largest`.
 
     Raises InputError for a negative count, fewer than two terms, or `largest` below 30.
@@ -138,7 +138,7 @@ def solution(
     problem: Problem,
     generator: np.random.Generator,
     mistakes: tuple[float, float] = (0.03, 0.25),
-    checks: tuple[float, float] = (0.1, 0.6),
+    checks: tuple[float, float] = (0.35, 0.85),
 ) -> Solution:
     """A worked solution. The pairs are probabilities for easy and for hard steps (those that carry).
 

@@ -147,7 +147,7 @@ def main() -> None:
     asked = problems(512 if steps > 100 else 4, TEST_SEED)
     write_card(
         folder, name,
-        "A `LlamaForCausalLM` that adds and subtracts three to five numbers up to 99 step by step, in paragraphs. "
+        "A `LlamaForCausalLM` that adds and subtracts three or four numbers up to 99 step by step, in paragraphs. "
         "Steps are written in one go; hard ones are then mostly checked digit by digit in paragraphs that begin with "
         "words such as `Wait, let me check`, and corrected; the answer stands in `\\boxed{}`. "
         "`arithmetic-small` and `arithmetic-large` share the tokenizer.",
