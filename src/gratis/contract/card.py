@@ -78,6 +78,8 @@ class Card:
     """One line for the list: what the user gets."""
     unchanged_when: Mapping[str, Any] | None = None
     """Parameter values at which the method changes nothing; None where the method has no such limit."""
+    any_length: bool = False
+    """Whether it lets a model read texts longer than the window that the model was trained for."""
     holds: tuple[str, ...] = ()
     """What the method needs for itself ("kv cache", "generate" …): two that hold the same cannot stack."""
     examples: Mapping[str, Any] = field(default_factory=dict)

@@ -32,44 +32,45 @@ class BlockStore:
     def __init__(self, place: Place, method: str) -> None:
         self._place, self._method = place, method
         self.count = 0
-        self._parts: list[_Part] = []
+        self.parts: list[StorePart] = []
+        """Keys and values."""
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add blocks (blocks, rows, heads, block, head_dim). Raises MemoryShortError where there is no room for them."""
-        if not self._parts:
-            self._parts = [_Part(self._place, tensor, self._method) for tensor in (keys, values)]
-        for part, tensor in zip(self._parts, (keys, values), strict=True):
+        if not self.parts:
+            self.parts = [StorePart(self._place, tensor, self._method) for tensor in (keys, values)]
+        for part, tensor in zip(self.parts, (keys, values), strict=True):
             part.append(tensor, self.count)
         self.count += len(keys)
 
     def read(self, blocks: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Keys and values (n, heads, block, head_dim) of `blocks` of `rows`, where they are."""
-        keys, values = (part.read(blocks, rows) for part in self._parts)
+        keys, values = (part.read(blocks, rows) for part in self.parts)
         return keys, values
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep these rows, each as often as it is named."""
-        for part in self._parts:
+        for part in self.parts:
             part.select_rows(rows, self.count)
 
     @property
     def near(self) -> bool:
         """Whether reading is as quick as from the model's device."""
-        return not self._parts or self._parts[0].near
+        return not self.parts or self.parts[0].near
 
     @property
     def bytes(self) -> int:
         """Bytes held outside files."""
-        return 0 if self._place == "file" else sum(part.memory.nbytes for part in self._parts)
+        return 0 if self._place == "file" else sum(part.memory.nbytes for part in self.parts)
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of all blocks, wherever they are."""
-        return sum(part.memory[: self.count].nbytes for part in self._parts)
+        return sum(part.memory[: self.count].nbytes for part in self.parts)
 
 
-class _Part:
-    """The keys, or the values."""
+class StorePart:
+    """The keys, or the values, of a store."""
 
     def __init__(self, place: Place, like: Tensor, method: str) -> None:
         self._place, self._method = place, method
@@ -85,15 +86,15 @@ class _Part:
         self.memory[count : count + len(new)] = new
 
     def read(self, blocks: NDArray[np.int64], rows: NDArray[np.int64]) -> Tensor:
-        device = self._device
-        return self.memory[torch.from_numpy(blocks).to(device), torch.from_numpy(rows).to(device)]
+        places = torch.from_numpy(blocks * self.memory.shape[1] + rows).to(self._device)
+        return self.memory.flatten(0, 1).index_select(0, places)
 
     def select_rows(self, rows: Tensor, count: int) -> None:
         chosen = self.memory[:count, rows.to(self._device)]
         self.memory = self._room(max(count, 16), chosen.shape[1:], chosen.dtype)
         self.memory[:count] = chosen
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Part:
+    def __deepcopy__(self, memo: dict[int, Any]) -> StorePart:
         new = copy.copy(self)
         memo[id(self)] = new
         new.memory = new._room(len(self.memory), self.memory.shape[1:], self.memory.dtype)

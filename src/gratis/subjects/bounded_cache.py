@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, ParameterError
 from gratis.subjects.language import CachedLayer, Rotation, asking, cached_layers, language_model, uncompiled, window_of
-from gratis.subjects.reading_door import NO_GRADIENTS, Footprint, Reading, install_reading
+from gratis.subjects.memory_need import Footprint
+from gratis.subjects.reading_door import NO_GRADIENTS, Reading, install_reading
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, SubjectError
 from gratis.subjects.sampling_loop import Recorder, Samples, SamplingLoop
+from gratis.subjects.text_limits import room_for
 
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Arguments of generate that say how a token is drawn."""
@@ -95,6 +96,7 @@ def install_choice(
         drawn: list[Samples] = []
         choices: list[Choice] = []
         prompts = split_prompts(model, call, method)
+        _check_lengths(model, prompts)
         if streamer is not None and len(prompts) > 1:
             raise InputError(f"{method} decodes one prompt after another: pass one prompt, or leave out the streamer.")
         for row, seeds in zip(prompts, prompt_seeds(prompts, samples), strict=True):
@@ -250,6 +252,14 @@ def _unpadded(model: Any, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _check_lengths(model: Any, prompts: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError for a prompt that leaves no room in the window of the model as it is."""
+    for prompt in prompts:
+        tokens = prompt.get("input_ids", prompt.get("inputs"))
+        if isinstance(tokens, Tensor) and tokens.dim() == 2 and not model.config.is_encoder_decoder:
+            room_for(model, tokens.shape[1])
+
+
 def prompt_seeds(prompts: Sequence[Mapping[str, Any]], samples: int) -> list[list[int]]:
     """A seed per prompt and sample: from torch's generator, the prompt, and how often the batch held it before."""
     base = int(torch.randint(2**62, ()))
@@ -365,6 +375,7 @@ def install_greedy(model: Any, method: str, scope: Scope) -> Callable[[], dict[s
     def generate(*args: Any, **kwargs: Any) -> Any:
         call = _flat(signature, args, kwargs)
         _returned(model, call, method, 1)
+        _check_lengths(model, [call])
         call = {name: value for name, value in call.items() if name not in SAMPLING_ARGUMENTS}
         totals["calls"] += 1
         return inner(**{**call, "do_sample": False})

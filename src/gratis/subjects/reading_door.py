@@ -8,97 +8,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
 from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, MemoryShortError
-from gratis.subjects.block_store import KEPT_FREE, gib
 from gratis.subjects.generate_door import setting, split_prompts
-from gratis.subjects.language import CachedLayer, input_device, window_of
+from gratis.subjects.language import input_device, window_of
+from gratis.subjects.memory_need import LONGEST, FootprintOf, check_fits, is_out_of_memory, longest
 from gratis.subjects.progress_bar import PatientBar
 
 PIECE = 512
 """Tokens read at a time of a prompt that is longer than the trained window, where a method says nothing."""
-LONGEST = 1 << 40
 NO_GRADIENTS = "{method} keeps what was read without gradients: call the model under torch.no_grad()."
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes that a text takes at most while it is read and continued, activations not counted."""
-
-    device: int = 0
-    """Where the model is."""
-    main: int = 0
-    """Main memory, where that is not the model's device."""
-    file: int = 0
-
-
-FootprintOf = Callable[[int, int], Footprint]
-"""`(rows, tokens)` of a batch of texts."""
-
-
-def full_footprint(layers: Iterable[CachedLayer], dtype: torch.dtype, rows: int, tokens: int) -> Footprint:
-    """All keys and values of `tokens` tokens."""
-    return Footprint(device=rows * tokens * dtype.itemsize * sum(layer.numbers for layer in layers))
-
-
-def check_fits(method: str, where: torch.device, need: Footprint, of: Callable[[int], Footprint], advice: str) -> None:
-    """Raise MemoryShortError where `need` exceeds what is free now, naming the length `of` which would fit."""
-    room = free_bytes(where)
-    if _fits(need, where, room):
-        return
-    tokens = longest(where, of)
-    fitting = f"about {tokens:,} tokens fit" if tokens else "not even one token fits"
-    name = "main memory" if where.type == "cpu" or need.main > room[0] else f"the memory of {where}"
-    wanted, there = (need.main, room[0]) if name == "main memory" and where.type != "cpu" else (need.device, room[1])
-    if where.type == "cpu":
-        wanted, there = need.device + need.main, room[0]
-    raise MemoryShortError(
-        f"{method} needs {gib(wanted)} of {name} for this text, and {gib(there)} are free: {fitting}; {advice}."
-    )
-
-
-def longest(where: torch.device, of: Callable[[int], Footprint]) -> int:
-    """Tokens of the longest text that fits what is free now."""
-    room = free_bytes(where)
-    if _fits(of(LONGEST), where, room):
-        return LONGEST
-    low, high = 0, LONGEST
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _fits(of(middle), where, room) else (low, middle)
-    return low
-
-
-def free_bytes(where: torch.device) -> tuple[int, int]:
-    """Bytes free in main memory, a reserve left out, and on the device `where`."""
-    main = max(psutil.virtual_memory().available - KEPT_FREE, 0)
-    if where.type != "cuda":
-        return main, main
-    cached = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
-    return main, torch.cuda.mem_get_info(where)[0] + cached
-
-
-def _fits(need: Footprint, where: torch.device, room: tuple[int, int]) -> bool:
-    main, device = room
-    if where.type != "cuda":
-        return need.device + need.main <= main
-    return need.main <= main and need.device <= device
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the system has no memory left."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)
 
 
 class Pass(Protocol):

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from gratis.contract.attach import Scope
 from gratis.contract.errors import InputError, ParameterError, SubjectError
-from gratis.subjects.attention_door import check_attention, install_attention
+from gratis.subjects.attention_door import added_to_first_token, check_attention, install_attention
 from gratis.subjects.language import (
     Angles,
     Rotation,
@@ -60,16 +60,19 @@ class LayerMemory(Protocol):
         """Keep rotated entries of a text that fits the window; return all of them."""
         ...
 
-    def watch(self, query: Tensor, scaling: float) -> None:
-        """See the rotated queries (batch, heads, length, head_dim) of what was just appended."""
+    def watch(self, query: Tensor, scaling: float, first: Tensor | None = None) -> None:
+        """See the rotated queries (batch, heads, length, head_dim) of what was just appended; `first` as in `read`."""
         ...
 
     def leave_window(self) -> None:
         """The text grows longer than the window: from now on `read` is called, and entries come without rotation."""
         ...
 
-    def read(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """The attention output (batch, heads, length, head_dim) of new tokens, which are remembered."""
+    def read(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, first: Tensor | None = None) -> Tensor:
+        """The attention output (batch, heads, length, head_dim) of new tokens, which are remembered.
+
+        first: (heads,) what is added to the logit of the text's first token.
+        """
         ...
 
     def select_rows(self, rows: Tensor) -> None:
@@ -385,10 +388,12 @@ def install_memory(
                 + (f"attends with {changed}." if changed is not None else "attends to something else.")
             )
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        first = added_to_first_token(module)
+        first = None if first is None else first[: query.shape[1]].to(query.device)
         if cache.outgrown:
-            return memory.read(query, key, value, scaling).transpose(1, 2).contiguous(), None
+            return memory.read(query, key, value, scaling, first).transpose(1, 2).contiguous(), None
         output = inner(module, query, key, value, mask, **kwargs)
-        memory.watch(query, scaling)
+        memory.watch(query, scaling, first)
         return output
 
     @uncompiled
@@ -400,7 +405,7 @@ def install_memory(
 
     if reading is not None:
         install_reading(model, reading, here, scope)
-    install_attention(model, method.lower(), attend, scope)
+    install_attention(model, method.lower(), attend, scope, outermost=True)
     scope.hook(model.register_forward_pre_hook(before, with_kwargs=True))
     scope.hook(model.register_forward_hook(after, with_kwargs=True))
     return lambda: _report(last[0]) if last else {}

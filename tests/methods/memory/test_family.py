@@ -9,7 +9,7 @@ import torch
 
 import gratis
 from gratis.contract.errors import InputError, MemoryShortError, SubjectError
-from gratis.subjects import reading_door
+from gratis.subjects import memory_need
 from gratis.subjects.bounded_cache import BoundedCache
 from gratis.subjects.language import CachedLayer, Rotation
 from gratis.subjects.progress_bar import PatientBar, shown_elsewhere
@@ -199,7 +199,7 @@ def test_a_text_that_cannot_fit_is_refused_with_the_length_that_would(method, mo
     model, ids = tiny.tiny_language_model(), tiny.prompt()
     need = method.footprint(model, 46)
     room = need.device + need.main - 1
-    monkeypatch.setattr(reading_door, "free_bytes", lambda where: (room, room))
+    monkeypatch.setattr(memory_need, "free_bytes", lambda where: memory_need.Free(room, room, 0))
     calls = []
     with gratis.attach(model, method), model.register_forward_hook(lambda *a: calls.append(1)):
         with pytest.raises(MemoryShortError, match=r"about \d+ tokens fit") as caught:

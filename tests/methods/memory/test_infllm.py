@@ -175,14 +175,14 @@ def test_a_token_that_takes_all_attention_represents_its_block():
     turn = rotation(zero=True)
     _, memory = read(method, q, k, v, [30], turn)
     for head in range(HEADS):
-        torch.testing.assert_close(memory._standing[0, 0, head], k[0, head // 2, 3].float())
+        torch.testing.assert_close(memory.standing[0, 0, head], k[0, head // 2, 3].float())
 
 
 def test_blocks_keep_key_heads_and_representatives_query_heads():
     q, k, v = texts(60)
     _, memory = read(gratis.InfLLM(**SMALL), q, k, v, [60], rotation())
-    assert memory._store._parts[0].memory.shape[2:] == (GROUPS, 4, DIM)
-    assert memory._standing.shape[2:] == (HEADS, DIM)
+    assert memory.store.parts[0].memory.shape[2:] == (GROUPS, 4, DIM)
+    assert memory.standing.shape[2:] == (HEADS, DIM)
 
 
 @pytest.mark.parametrize("changed", [{}, {"per_head": True}, {"eviction": "lru-s"}], ids=str)
@@ -191,7 +191,7 @@ def test_a_file_gives_what_memory_gives(changed):
     kept, memory = read(gratis.InfLLM(**SMALL, **changed), q, k, v, [40] + [1] * 80, rotation())
     filed, file = read(gratis.InfLLM(**SMALL, **changed, store="file"), q, k, v, [40] + [1] * 80, rotation())
     assert torch.equal(kept, filed)
-    assert file._store.bytes == 0 < memory._store.bytes
+    assert file.store.bytes == 0 < memory.store.bytes
     assert file.report()["hot_hits"] > 0
 
 
@@ -223,7 +223,7 @@ def test_rows_can_be_repeated_in_the_middle_of_a_text():
 def test_scores_of_half_precision_keys_are_summed_in_float32():
     q, k, v = (t.half() for t in texts(60))
     _, memory = read(gratis.InfLLM(**SMALL), q, k, v, [60], rotation())
-    assert memory._scores.dtype == memory._standing.dtype == torch.float32
+    assert memory.recent.scores(memory.recent.first, 60).dtype == memory.standing.dtype == torch.float32
 
 
 def test_a_text_that_grows_past_the_window_goes_on_as_one_that_was_long_from_the_start():

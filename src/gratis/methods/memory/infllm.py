@@ -23,7 +23,10 @@ from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
 from gratis.subjects.block_store import BlockStore, HotBlocks, gib
 from gratis.subjects.language import CachedLayer, Rotation, cached_layers, input_device, text_config
-from gratis.subjects.reading_door import Footprint, Reading
+from gratis.subjects.looked_up import LookedUp
+from gratis.subjects.memory_need import Footprint
+from gratis.subjects.reading_door import Reading
+from gratis.subjects.recent_entries import RecentEntries
 from gratis.subjects.unrotated_door import LayerMemory, Text, check_memory, install_memory
 
 
@@ -54,7 +57,8 @@ class InfLLM(Attachable):
             "hot_blocks": 4,
             "representatives": 2,
         },
-        holds=("kv cache", "attention", "attention to the first token", "scale of attention"),
+        any_length=True,
+        holds=("kv cache", "attention", "key of the first token", "scale of attention"),
         differs=(
             "A query attends to a token either inside its window or outside, never both: the released prefill counts up "
             "to lookup - 1 tokens twice. Scores are summed in float32. Rotary frequencies are the model's own, scaling "
@@ -204,7 +208,7 @@ class InfLLM(Attachable):
 class BlockMemory:
     """One layer's past: recent entries in one piece, older ones in blocks of which a few are attended to.
 
-    Positions count from the start of the text. `first` is that of the oldest recent entry, `end` that after the newest.
+    Positions count from the start of the text. Shapes are (rows, query or key heads, length, head_dim).
     """
 
     def __init__(self, method: InfLLM, turn: Rotation, text: Text, layers: int = 1) -> None:
@@ -216,25 +220,15 @@ class BlockMemory:
             pairs = turn.frequencies.numel()
             powers = torch.arange(0, 2 * pairs, 2).double() / (2 * pairs)
             self.turn = replace(turn, frequencies=(method.base**-powers).to(turn.frequencies.dtype))
-        self.first = self.end = 0
-        self._left = False
-        """Whether the text outgrew the window."""
-        self._origin = 0
-        """Position of the entry at the start of the memory of recent ones."""
-        self._rotated: Tensor | None = None
-        self._plain: Tensor | None = None
-        self._values: Tensor | None = None
-        self._scores: Tensor | None = None
-        self._heads = 0
         self._together = method.lookup if method.lookup is not None else min(512, method.window)
-        self._store = BlockStore(method.store, "InfLLM")
-        self._hot: HotBlocks | None = None
-        self._standing: Tensor | None = None
+        self._heads = 0
+        """Query heads."""
+        self.recent = RecentEntries(method.window, method.block)
+        self.store = BlockStore(method.store, "InfLLM")
+        self.standing: Tensor | None = None
         """Representatives of blocks (rows, room, query heads, head_dim), float32."""
-        self._far: tuple[Tensor, Tensor] | None = None
-        """Keys and values (rows, heads, sinks + blocks * block, head_dim): the first tokens and what was looked up."""
-        self._chosen = np.empty((0, 0), dtype=np.int64)
-        """(groups, slots) numbers of the blocks in `_far`; -1 where none is. A group is a row, or a row's head."""
+        self._hot: HotBlocks | None = None
+        self._far: LookedUp | None = None
         self._lookups = 0
         self._ahead: list[NDArray[np.int64]] = []
         """What the next look-ups want, where several were scored at once."""
@@ -244,58 +238,55 @@ class BlockMemory:
     @property
     def keys(self) -> Tensor | None:
         """(rows, key heads, length, head_dim) of recent entries: rotated by the model, later as it wrote them."""
-        source = self._plain if self._plain is not None else self._rotated
-        return None if source is None else source[:, :, self.first - self._origin : self.end - self._origin]
+        recent = self.recent
+        if recent.empty:
+            return None
+        return (recent.plain if recent.keeps_plain else recent.turned)(recent.first, recent.end)
 
     @property
     def values(self) -> Tensor | None:
         """As `keys`."""
-        source = self._values
-        return None if source is None else source[:, :, self.first - self._origin : self.end - self._origin]
+        return None if self.recent.empty else self.recent.values(self.recent.first, self.recent.end)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self._make_room(keys, values)
-        assert self._rotated is not None
-        assert self._values is not None
-        stop = self.end + keys.shape[2]
-        self._rotated[:, :, self.end : stop] = keys
-        self._values[:, :, self.end : stop] = values
-        self.end = stop
-        return self._rotated[:, :, :stop], self._values[:, :, :stop]
+        self.recent.append(keys, values)
+        return self.recent.turned(0, self.recent.end), self.recent.values(0, self.recent.end)
 
-    def watch(self, query: Tensor, scaling: float) -> None:
+    def watch(self, query: Tensor, scaling: float, first: Tensor | None = None) -> None:
         """Sum up the attention that tokens receive, as `read` does later."""
-        assert self._rotated is not None
-        keys = self._rotated[:, :, : self.end]
-        self._ready_scores(query)
+        end, self._heads = self.recent.end, query.shape[1]
+        keys = self.recent.turned(0, end)
         for at in range(0, query.shape[2], self._together):
             part = query[:, :, at : at + self._together]
-            begin = self.end - query.shape[2] + at
-            mask = self.text.mask(part.shape[2], self.end, begin, self.end + 1, part.device)
-            logits = _grouped(part, keys.shape[1]) @ keys.transpose(2, 3)
-            self._score(logits.float() * scaling, mask, 0, self.end)
+            begin = end - query.shape[2] + at
+            mask = self.text.mask(part.shape[2], end, begin, end + 1, part.device)
+            logits = _products(part, keys).float() * scaling
+            if first is not None:
+                logits[..., 0] += first[:, None]
+            self._score(logits, mask, (logits + mask).softmax(-1), 0)
 
     def leave_window(self) -> None:
         """Turn what the model rotated back to position 0."""
-        self._left = True
-        if self._rotated is None:
+        recent, scale = self.recent, self.method.distance_scale
+        recent.keep_plain()
+        if recent.empty:
             return
-        keys = self._rotated[:, :, : self.end].to(torch.float32, copy=True)
-        self._wrote.turn_(keys, -torch.arange(self.end) * 1.0)
-        plain = torch.empty_like(self._rotated)
-        plain[:, :, : self.end] = keys.to(plain.dtype)
-        self._plain = plain
-        if self.method.distance_scale != 1 or self.turn is not self._wrote:
-            self.turn.turn_(keys, torch.arange(self.end) * self.method.distance_scale)
-            self._rotated[:, :, : self.end] = keys.to(plain.dtype)
+        turned = recent.turned(0, recent.end)
+        keys = turned.to(torch.float32, copy=True)
+        self._wrote.turn_(keys, -torch.arange(recent.end) * 1.0)
+        recent.plain(0, recent.end).copy_(keys)
+        if scale != 1 or self.turn is not self._wrote:
+            turned.copy_(self.turn.turn_(keys, torch.arange(recent.end) * scale))
 
     # Once it does not
 
-    def read(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def read(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, first: Tensor | None = None) -> Tensor:
         """(rows, heads, length, head_dim), one look-up after the other."""
         length = query.shape[2]
+        if length == 1:
+            return self._read_together(query, key, value, scaling, first)
         ends = [*range(self._together, length, self._together), length]
-        if length > 1 and self.text.seen + length == self.text.prompt_end and (length - 1) not in ends:
+        if self.text.seen + length == self.text.prompt_end and (length - 1) not in ends:
             # The last token of a prompt looks up for itself: it knows what was asked.
             ends.insert(-1, length - 1)
         outputs, begin = [], 0
@@ -303,83 +294,69 @@ class BlockMemory:
             now = slice(begin, stop)
             if self.method.together > 1 and number % self.method.together == 0:
                 self._score_ahead(query, begin, ends[number : number + self.method.together], scaling)
-            outputs.append(self._read_together(query[:, :, now], key[:, :, now], value[:, :, now], scaling))
+            outputs.append(self._read_together(query[:, :, now], key[:, :, now], value[:, :, now], scaling, first))
             begin = stop
         self._ahead = []
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        return torch.cat(outputs, 2)
 
-    def _read_together(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attention of tokens that share a look-up: one softmax over window, first tokens, blocks and what is between."""
-        method, rows, heads, count, _ = self.method, *query.shape
-        self._remember(key, value)
-        self._ready_scores(query)
-        assert self._rotated is not None
-        assert self._plain is not None
-        assert self._values is not None
-        begin, groups = self.end - count, key.shape[1]
-        near = max(self.first, begin - method.window + 1)
-        between = max(self.first, self.end - method.window)
-        at = slice(near - self._origin, self.end - self._origin)
-        here = slice(self.first - self._origin, between - self._origin)
-        local = self._turned(query * scaling, begin, self.end)
-        distant = self._fixed(query * scaling)
+    def _read_together(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, first: Tensor | None) -> Tensor:
+        """Attention of tokens that share a look-up: one softmax over first tokens, blocks, what is between, and window.
+
+        first: (heads,) what is added to the logit of the text's first token.
+        """
+        method, recent, (_, heads, count, _) = self.method, self.recent, query.shape
+        begin, end, self._heads = recent.end, recent.end + count, heads
+        local, distant, turned = self._turned(query * scaling, key, begin, end)
+        recent.append(turned, value, key)
         self._look_up(distant)
-        pieces: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        near = max(recent.first, begin - method.window + 1)
+        between = max(recent.first, end - method.window)
+        logits, values = [], []
         if self._far is not None:
-            width = method.sinks + method.block * min(method.blocks, self._store.count)
-            pieces.append((self._far[0][:, :, :width], self._far[1][:, :, :width], None))
-        if between > self.first:
-            apart = None
+            keys, far_values = self._far.attended(self.store.count)
+            logits.append(_products(distant, keys))
+            values.append(far_values)
+        if between > recent.first:
+            logits.append(_products(distant, recent.plain(recent.first, between)))
+            values.append(recent.values(recent.first, between))
             if count > 1 and not method.compat:
-                width, offset = between - self.first, begin - self.first
-                apart = self.text.mask(count, width, offset, method.window, query.device, outside=True)
-            pieces.append((self._plain[:, :, here], self._values[:, :, here], apart))
-        logits = []
-        for keys, _, mask in pieces:
-            logit = (_grouped(distant, keys.shape[1]) @ keys.transpose(2, 3)).view(rows, heads, count, -1)
-            logits.append(logit if mask is None else logit + mask.to(logit.dtype))
-        close = (_grouped(local, groups) @ self._rotated[:, :, at].transpose(2, 3)).view(rows, heads, count, -1)
+                width, offset = between - recent.first, begin - recent.first
+                logits[-1] += self.text.mask(count, width, offset, method.window, query.device, outside=True)
+        close = _products(local, recent.turned(near, end))
+        logits.append(close)
+        values.append(recent.values(near, end))
         inside = None
         if count > 1:
-            inside = self.text.mask(count, self.end - near, begin - near, method.window, query.device)
-        logits.append(close if inside is None else close + inside.to(close.dtype))
+            inside = self.text.mask(count, end - near, begin - near, method.window, query.device)
+            logits[-1] = close + inside.to(close.dtype)
+        if first is not None:
+            # It is the first of what is kept, wherever that is; some queries may have it in their window, some not.
+            logits[0][..., 0] += first[:, None]
+            if near == 0 and len(logits) > 1:
+                logits[-1][..., 0] += first[:, None]
         weights = torch.cat(logits, -1).softmax(-1, dtype=torch.float32)
-        output, column = None, 0
-        for keys, values in [*((k, v) for k, v, _ in pieces), (self._rotated[:, :, at], self._values[:, :, at])]:
-            part = weights[..., column : column + keys.shape[2]]
-            column += keys.shape[2]
-            added = (_grouped(part.to(values.dtype), values.shape[1]) @ values).view(rows, heads, count, -1)
-            output = added if output is None else output.add_(added)
-        assert output is not None
-        if method.score == "attention":
-            self._add_scores(weights[..., column - (self.end - near) :].sum(2), near, self.end)
-        else:
-            self._score(close.float(), inside, near, self.end)
-        if self._hot is not None and method.eviction == "lru-s" and self._chosen.size:
-            self._note_attention(weights)
+        output = _weighted(weights.to(value.dtype), values)
+        self._score(close, inside, weights[..., -(end - near) :], near)
+        if self._hot is not None and self._far is not None and method.eviction == "lru-s":
+            self._far.note_attention(weights, self.store.count, self._hot)
         self._pack()
         return output
 
-    def _turned(self, vectors: Tensor, begin: int, stop: int) -> Tensor:
-        """`vectors` (rows, heads, length, head_dim) turned to their positions; a copy."""
+    def _turned(self, query: Tensor, key: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries at their positions, and as they see what is outside the window: from its far end; keys at theirs."""
         if self.turn.none:
-            return vectors
-        angles = self.text.angles(self.turn, begin, stop, vectors, self.method.distance_scale)
-        return self.turn.turn_by_(vectors.clone(), angles)
-
-    def _fixed(self, query: Tensor) -> Tensor:
-        """Queries as they see what is outside the window: from the window's far end."""
-        if self.turn.none:
-            return query
-        last = self.method.window - 1
-        return self.turn.turn_by_(
-            query.clone(), self.text.angles(self.turn, last, last + 1, query, self.method.distance_scale)
-        )
+            return query, query, key
+        last, scale = self.method.window - 1, self.method.distance_scale
+        far_end = self.text.angles(self.turn, last, last + 1, query, scale)
+        distant = self.turn.turn_by_(query.clone(memory_format=torch.contiguous_format), far_end)
+        # Both in one go: a single token's turn costs what its calls cost.
+        both = self.turn.turn_by_(torch.cat([query, key], 1), self.text.angles(self.turn, begin, end, query, scale))
+        return both[:, : query.shape[1]], distant, both[:, query.shape[1] :]
 
     def _look_up(self, query: Tensor) -> None:
         """Fetch the blocks whose representatives agree best with the mean of these queries (rows, heads, n, head_dim)."""
-        known = self._store.count
-        if not known:
+        known = self.store.count
+        if self._far is None:
             return
         rows, heads = query.shape[:2]
         if self._ahead:
@@ -390,12 +367,12 @@ class BlockMemory:
             mean = query[:, :, 0].float() if query.shape[2] == 1 else query.float().mean(2)
             wanted = self._best(mean[:, None], known)[0]
         self._lookups += 1
-        self._fetch(wanted)
+        self._far.fetch(wanted, self.store, self._hot)
 
     def _best(self, means: Tensor, known: int) -> NDArray[np.int64]:
-        """(n, groups, blocks) numbers, ascending, of the `known` blocks that agree best with (rows, n, heads, head_dim)."""
-        assert self._standing is not None
-        standing = self._standing[:, :known]
+        """(n, groups, blocks) numbers of the `known` blocks that agree best with (rows, n, heads, head_dim)."""
+        assert self.standing is not None
+        standing = self.standing[:, :known]
         if self.method.per_head:
             scores = torch.einsum("rnhd,rlhd->lrhn", standing, means).flatten(1, 2)
         else:
@@ -406,166 +383,50 @@ class BlockMemory:
 
     def _score_ahead(self, query: Tensor, begin: int, ends: list[int], scaling: float) -> None:
         """Decide the look-ups of the pieces that stop at `ends` in one product; none while all blocks are taken."""
-        known = self._store.count
+        known = self.store.count
         if known <= self.method.blocks:
             return
-        distant = self._fixed(query[:, :, begin : ends[-1]] * scaling).float()
+        part = query[:, :, begin : ends[-1]]
+        distant = self._turned(part * scaling, part[:, :0], 0, part.shape[2])[1].float()
         sizes = [stop - start for start, stop in zip([begin, *ends], ends, strict=False)]
         means = torch.stack([piece.mean(2) for piece in distant.split(sizes, 2)], 1)
         self._ahead = list(self._best(means, known))
 
-    def _fetch(self, wanted: NDArray[np.int64]) -> None:
-        """Bring `wanted` (groups, n) into the slots, in the place of what is not wanted any more."""
-        assert self._far is not None
-        method, slots, size = self.method, self._chosen, self._store.count + 1
-        offset = np.arange(len(wanted))[:, None] * size
-        there = np.isin(wanted + offset, np.where(slots < 0, -1, slots + offset))
-        if there.all():
-            return
-        # Where there are fewer blocks than slots the first slots are used, so that what is attended to is one piece.
-        usable = np.arange(slots.shape[1]) < wanted.shape[1]
-        free = ~np.isin(np.where(slots < 0, -1, slots + offset), wanted + offset) & usable
-        group, place = np.nonzero(free)
-        blocks = wanted[~there]
-        rows = group // (len(slots) // len(self._far[0]))
-        if self._hot is None:
-            found = self._store.read(blocks, rows)
-        else:
-            everything = np.unique(
-                np.stack([wanted.ravel(), np.repeat(rows_of(slots, self._far[0]), wanted.shape[1])]), axis=1
-            )
-            found = self._hot.read(self._store, blocks, rows, everything)
-        slots[group, place] = blocks
-        device = self._far[0].device
-        at_row, at_place = torch.from_numpy(rows).to(device), torch.from_numpy(place).to(device)
-        for far, piece in zip(self._far, found, strict=True):
-            held = far[:, :, method.sinks :].unflatten(2, (-1, method.block))
-            if method.per_head:
-                head = torch.from_numpy(group % self._heads).to(device)
-                own = torch.arange(len(piece), device=device)
-                held[at_row, head, at_place] = piece[own, head // (self._heads // piece.shape[1])]
-            else:
-                held[at_row, :, at_place] = piece
-
-    def _note_attention(self, weights: Tensor) -> None:
-        """Tell the hot blocks what the looked-up ones received."""
-        assert self._hot is not None
-        used = min(self.method.blocks, self._store.count)
-        part = weights[..., self.method.sinks : self.method.sinks + used * self.method.block]
-        mass = part.unflatten(-1, (used, self.method.block)).sum((2, 4)).cpu().numpy()
-        slots = self._chosen[:, :used]
-        mass = mass.reshape(len(slots), -1, used).sum(1)
-        rows = np.repeat(rows_of(slots, weights), used)
-        kept = slots.ravel() >= 0
-        self._hot.attended(slots.ravel()[kept], rows[kept], mass.ravel()[kept])
-
     # Keeping
 
-    def _remember(self, key: Tensor, value: Tensor) -> None:
-        """Append entries that come without rotation."""
-        self._make_room(key, value)
-        assert self._plain is not None
-        assert self._rotated is not None
-        assert self._values is not None
-        stop = self.end + key.shape[2]
-        at = slice(self.end - self._origin, stop - self._origin)
-        self._plain[:, :, at] = key
-        self._values[:, :, at] = value
-        self._rotated[:, :, at] = self._turned(key, self.end, stop)
-        self.end = stop
-
-    def _make_room(self, keys: Tensor, values: Tensor) -> None:
-        """Memory for these entries behind the recent ones; what is recent moves to the front when the end is reached."""
-        needed = self.end - self.first + keys.shape[2]
-        if self._rotated is None or self._values is None:
-            room = needed + (self.method.window + 2 * self.method.block if self._left else 64)
-            self._rotated = keys.new_empty(*keys.shape[:2], room, keys.shape[3])
-            self._values = values.new_empty(*values.shape[:2], room, values.shape[3])
-            self._plain = torch.empty_like(self._rotated) if self._left else None
-        if self.end - self._origin + keys.shape[2] <= self._rotated.shape[2]:
-            return
-        room = self._rotated.shape[2]
-        if self._left:
-            # After a long piece less is needed than it took.
-            room = min(room, 2 * needed + self.method.window + 2 * self.method.block)
-        if needed + self.method.window // 2 > room:
-            room = needed + max(needed // 4, self.method.window if self._left else 64)
-        old = slice(self.first - self._origin, self.end - self._origin)
-
-        def moved(tensor: Tensor) -> Tensor:
-            new = tensor.new_empty(*tensor.shape[:2], room, *tensor.shape[3:])
-            new[:, :, : self.end - self.first] = tensor[:, :, old]
-            return new
-
-        self._rotated, self._values = moved(self._rotated), moved(self._values)
-        self._plain = moved(self._plain) if self._plain is not None else None
-        if self._scores is not None:
-            scores = self._scores.new_zeros(*self._scores.shape[:2], room)
-            scores[:, :, : self.end - self.first] = self._scores[:, :, old]
-            self._scores = scores
-        self._origin = self.first
-
-    def _ready_scores(self, query: Tensor) -> None:
-        assert self._rotated is not None
-        self._heads = query.shape[1]
-        if self._scores is None:
-            self._scores = torch.zeros(
-                *query.shape[:2], self._rotated.shape[2], dtype=torch.float32, device=query.device
-            )
-
-    def _score(self, logits: Tensor, mask: Tensor | None, start: int, stop: int) -> None:
-        """Add to the scores what logits (rows, heads…, queries, stop - start) give."""
-        logits = logits.reshape(len(logits), self._heads, -1, stop - start)
-        if self.method.score == "attention":
-            received = (logits if mask is None else logits + mask).softmax(-1)
-        else:
-            received = logits if mask is None else logits * (mask == 0)
-        self._add_scores(received.sum(2), start, stop)
-
-    def _add_scores(self, received: Tensor, start: int, stop: int) -> None:
-        assert self._scores is not None
-        self._scores[:, :, start - self._origin : stop - self._origin] += received
+    def _score(self, logits: Tensor, mask: Tensor | None, weights: Tensor, start: int) -> None:
+        """Add to the scores of tokens from `start` on what logits and weights (rows, heads, queries, length) give."""
+        received = weights
+        if self.method.score == "logits":
+            received = logits.float() if mask is None else logits.float() * (mask == 0)
+        received = received[:, :, 0] if received.shape[2] == 1 else received.sum(2)
+        self.recent.score(received, start, start + received.shape[2])
 
     def _pack(self) -> None:
         """Make blocks of what left the window: first the first tokens are set aside, then whole blocks follow."""
-        method = self.method
-        start = max(self.first, method.sinks)
-        count = (self.end - start - method.window) // method.block
+        method, recent = self.method, self.recent
+        start = max(recent.first, method.sinks)
+        count = (recent.end - start - method.window) // method.block
         if count < 1:
             return
-        assert self._plain is not None
-        assert self._values is not None
-        assert self._scores is not None
+        stop = start + count * method.block
         if method.memory_budget is not None:
-            each = sum(tensor[:, :, : method.block].nbytes for tensor in (self._plain, self._values))
-            blocks = self._store.count + count
-            method._check_budget(blocks * each * self._layers, blocks * method.block, self.end)
+            each = sum(tensor.nbytes // count for tensor in (recent.plain(start, stop), recent.values(start, stop)))
+            blocks = self.store.count + count
+            method._check_budget(blocks * each * self._layers, blocks * method.block, recent.end)
         if self._far is None:
-            self._set_aside(self._plain, self._values)
-        at = slice(start - self._origin, start - self._origin + count * method.block)
+            heads = self._heads if method.per_head else None
+            first = recent.plain(0, method.sinks), recent.values(0, method.sinks)
+            self._far = LookedUp(*first, method.blocks, method.block, heads)
         keys, values, scores = (
-            tensor[:, :, at].unflatten(2, (count, method.block)) for tensor in (self._plain, self._values, self._scores)
+            entries(start, stop).unflatten(2, (count, method.block))
+            for entries in (recent.plain, recent.values, recent.scores)
         )
         self._stand(keys, scores)
-        self._store.append(keys.permute(2, 0, 1, 3, 4), values.permute(2, 0, 1, 3, 4))
-        if self._hot is None and not self._store.near:
-            slots = method.hot_blocks * len(keys)
-            self._hot = HotBlocks(slots, method.eviction, method.decay, keys.device)
-        self.first = start + count * method.block
-
-    def _set_aside(self, keys: Tensor, values: Tensor) -> None:
-        """Keep the first tokens, with room behind them for blocks."""
-        method, rows = self.method, len(keys)
-        heads = self._heads if method.per_head else keys.shape[1]
-        room = method.sinks + method.blocks * method.block
-        far = []
-        for tensor in (keys, values):
-            kept = tensor[:, :, : method.sinks].repeat_interleave(heads // tensor.shape[1], 1)
-            memory = tensor.new_empty(rows, heads, room, tensor.shape[3])
-            memory[:, :, : method.sinks] = kept
-            far.append(memory)
-        self._far = (far[0], far[1])
-        self._chosen = np.full((rows * (heads if method.per_head else 1), method.blocks), -1, dtype=np.int64)
+        self.store.append(keys.permute(2, 0, 1, 3, 4), values.permute(2, 0, 1, 3, 4))
+        if self._hot is None and not self.store.near:
+            self._hot = HotBlocks(method.hot_blocks * len(keys), method.eviction, method.decay, keys.device)
+        recent.forget(stop)
 
     def _stand(self, keys: Tensor, scores: Tensor) -> None:
         """Per query head, the mean key of the tokens of a block (rows, heads, blocks, block, …) that mattered most."""
@@ -575,66 +436,70 @@ class BlockMemory:
         picked = keys.float().gather(3, best[..., None].expand(*best.shape, dim))
         means = picked.unflatten(3, (self._heads // groups, -1)).mean(4)
         fresh = means.permute(0, 2, 1, 3, 4).reshape(rows, count, self._heads, dim)
-        known = self._store.count
-        if self._standing is None or self._standing.shape[1] < known + count:
+        known = self.store.count
+        if self.standing is None or self.standing.shape[1] < known + count:
             grown = fresh.new_empty(rows, (known + count) * 3 // 2 + 16, self._heads, dim)
-            if self._standing is not None:
-                grown[:, :known] = self._standing[:, :known]
-            self._standing = grown
-        self._standing[:, known : known + count] = fresh
+            if self.standing is not None:
+                grown[:, :known] = self.standing[:, :known]
+            self.standing = grown
+        self.standing[:, known : known + count] = fresh
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockMemory:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         for name, value in vars(self).items():
-            setattr(new, name, value if name in {"method", "turn"} else copy.deepcopy(value, memo))
+            setattr(new, name, value if name in {"method", "turn", "_wrote"} else copy.deepcopy(value, memo))
         return new
 
     def select_rows(self, rows: Tensor) -> None:
-        def of(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows.to(tensor.device)]
-
-        self._rotated, self._plain, self._values = of(self._rotated), of(self._plain), of(self._values)
-        self._scores, self._standing = of(self._scores), of(self._standing)
-        self._store.select_rows(rows)
+        self.recent.select_rows(rows)
+        self.store.select_rows(rows)
+        if self.standing is not None:
+            self.standing = self.standing[rows.to(self.standing.device)]
         if self._far is not None:
-            each = len(self._chosen) // len(self._far[0])
-            groups = (rows[:, None] * each + torch.arange(each)).flatten().numpy()
-            self._chosen = self._chosen[groups].copy()
-            self._far = (self._far[0][rows.to(self._far[0].device)], self._far[1][rows.to(self._far[1].device)])
+            self._far.select_rows(rows)
         if self._hot is not None:
             self._hot.empty(self.method.hot_blocks * len(rows))
 
     @property
     def bytes(self) -> int:
         """Memory held, files not counted."""
-        return self._near_bytes + self._store.bytes
+        return self._near_bytes + self.store.bytes
 
     @property
     def _near_bytes(self) -> int:
-        held = [self._rotated, self._plain, self._values, self._scores, self._standing, *(self._far or ())]
-        near = self._hot.bytes if self._hot is not None else 0
-        return near + sum(int(tensor.nbytes) for tensor in held if tensor is not None)
+        standing = self.standing.nbytes if self.standing is not None else 0
+        return int(standing) + sum(part.bytes for part in (self.recent, self._far, self._hot) if part is not None)
 
     def report(self) -> dict[str, Any]:
         """Counts and bytes, and where the blocks begin that the last token (or tokens) looked up, per group."""
-        chosen = np.unique(self._chosen[self._chosen >= 0])
+        chosen = np.empty(0, dtype=np.int64) if self._far is None else self._far.chosen
         counts = dict(self._hot.counts) if self._hot is not None else {"hot_hits": 0, "hot_misses": 0}
         return {
-            "blocks": self._store.count,
+            "blocks": self.store.count,
             "lookups": self._lookups,
             "near_bytes": self._near_bytes,
-            "stored_bytes": self._store.stored_bytes,
+            "stored_bytes": self.store.stored_bytes,
             **counts,
-            "retrieved": (chosen * self.method.block + self.method.sinks).tolist(),
+            "retrieved": (np.unique(chosen[chosen >= 0]) * self.method.block + self.method.sinks).tolist(),
         }
 
 
-def rows_of(groups: NDArray[np.int64], rows: Tensor) -> NDArray[np.int64]:
-    """The row of the batch that each group of slots belongs to."""
-    return np.arange(len(groups)) // (len(groups) // len(rows))
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    """(rows, heads, n, length) of queries (rows, heads, n, head_dim) and keys (rows, key heads, length, head_dim)."""
+    rows, heads, count, dim = queries.shape
+    # Heads that share a key head lie one under another.
+    grouped = queries.reshape(rows * keys.shape[1], -1, dim)
+    return torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).view(rows, heads, count, -1)
 
 
-def _grouped(tensor: Tensor, groups: int) -> Tensor:
-    """(rows, groups, heads / groups * n, …) of (rows, heads, n, …): heads that share a key head, one under another."""
-    return tensor.reshape(len(tensor), groups, -1, tensor.shape[-1])
+def _weighted(weights: Tensor, parts: list[Tensor]) -> Tensor:
+    """(rows, heads, n, head_dim): weights (rows, heads, n, all) of values (rows, key heads, length, head_dim) in parts."""
+    rows, heads, count, _ = weights.shape
+    output = weights.new_zeros(rows, heads, count, parts[0].shape[3])
+    for part, values in zip(weights.split([part.shape[2] for part in parts], -1), parts, strict=True):
+        grouped = rows * values.shape[1]
+        output.view(grouped, -1, values.shape[3]).baddbmm_(
+            part.reshape(grouped, -1, values.shape[2]), values.flatten(0, 1)
+        )
+    return output

@@ -18,7 +18,7 @@ from gratis.contract.errors import ParameterError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
 from gratis.subjects.bounded_cache import Selection, bounded_footprint, check_bounded_cache, install_bounded_cache
-from gratis.subjects.reading_door import Footprint
+from gratis.subjects.memory_need import Footprint
 
 
 class LaCache(Attachable):
@@ -40,6 +40,7 @@ class LaCache(Attachable):
         summary="text of any length in constant memory, the old part thinned out by layer",
         unchanged_when={"budget": 200},
         examples={"budget": 24, "sinks": 4, "span": 1},
+        any_length=True,
         holds=("kv cache",),
         differs=(
             "Keys are turned to their new slots when entries are evicted instead of all keys at every step; a prompt "

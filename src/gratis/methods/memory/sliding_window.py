@@ -16,7 +16,7 @@ from gratis.contract.errors import ParameterError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
 from gratis.subjects.bounded_cache import Selection, bounded_footprint, check_bounded_cache, install_bounded_cache
-from gratis.subjects.reading_door import Footprint
+from gratis.subjects.memory_need import Footprint
 
 
 class SlidingWindow(Attachable):
@@ -35,6 +35,7 @@ class SlidingWindow(Attachable):
         summary="text of any length in constant memory, forgetting the middle",
         unchanged_when={"budget": 200},
         examples={"budget": 24, "sinks": 4},
+        any_length=True,
         holds=("kv cache",),
         limits="What left the window is gone: do not use it to recall something from far back.",
         claims=(
