@@ -29,6 +29,10 @@ def merge(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads to use.")] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="cpu, cuda or cuda:NUMBER; several share the tensors.  [default: cpu]"),
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the merge would take.")] = False,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write OUT.report.html and .json: statistics, conflicts.")
@@ -59,11 +63,12 @@ def merge(
     if search:
         _search(read, recipe, out, task, task_sets or (), trials, seed, journal, overwrite, as_json)
         return
-    _merge(read, out, overwrite=overwrite, threads=threads, only_plan=plan, report=report, as_json=as_json)
+    computed = {"threads": threads, "device": device or ["cpu"]}
+    _merge(read, out, computed, overwrite=overwrite, only_plan=plan, report=report, as_json=as_json)
 
 
 def _merge(
-    recipe: Any, out: Path, *, overwrite: bool, threads: int | None, only_plan: bool, report: bool, as_json: bool
+    recipe: Any, out: Path, computed: dict[str, Any], *, overwrite: bool, only_plan: bool, report: bool, as_json: bool
 ) -> None:
     from dataclasses import asdict
 
@@ -72,7 +77,7 @@ def _merge(
 
     if out.exists() and not overwrite and not only_plan:
         raise FileError(f"{out} exists already: choose another folder, or say --overwrite.")
-    planned = merge_report.plan_merge(recipe, out, threads)
+    planned = merge_report.plan_merge(recipe, out, **computed)
     if only_plan:
         if as_json:
             terminal.print_json(asdict(planned))
@@ -82,7 +87,7 @@ def _merge(
     if not as_json:
         _print_plan(planned)
     with terminal.progress(not as_json) as progress:
-        done = recipe.run(out, overwrite=overwrite, threads=threads, progress=progress)
+        done = recipe.run(out, overwrite=overwrite, progress=progress, **computed)
     files: tuple[Path, ...] = ()
     if report:
         with terminal.progress(not as_json) as progress:
@@ -112,7 +117,7 @@ def _print_plan(plan: Any) -> None:
     table.add_row("memory", f"{words.number(plan.memory, 'bytes')} of scratch")
     speeds = f"disk {words.number(plan.read_speed, 'bytes')}/s in, {words.number(plan.write_speed, 'bytes')}/s out"
     table.add_row("measured", f"{speeds}; {plan.compute_speed / 1e6:.2g} million weights/s and thread")
-    table.add_row("time", f"about {words.number(plan.seconds, 's')} with {plan.threads} threads")
+    table.add_row("time", f"about {words.number(plan.seconds, 's')} with {plan.threads} threads on {plan.device}")
     terminal.console().print(table)
 
 

@@ -56,12 +56,14 @@ class MergeRecipe:
         *,
         overwrite: bool = False,
         threads: int | None = None,
+        device: str | Sequence[str] = "cpu",
         progress: MergeProgress | None = None,
     ) -> MergeReport:
         """Merge into the new folder `out`. Raises what `gratis.merge` raises."""
         return merge(
             self.method, base=self.base, experts=self.experts, weights=self.weights, rules=self.rules, out=out,
-            dtype=self.dtype, tokenizer=self.tokenizer, overwrite=overwrite, threads=threads, progress=progress,
+            dtype=self.dtype, tokenizer=self.tokenizer, overwrite=overwrite, threads=threads, device=device,
+            progress=progress,
         )  # fmt: skip
 
     def dump(self) -> str:

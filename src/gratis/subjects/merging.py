@@ -28,7 +28,7 @@ from gratis.subjects.checkpoints import DTYPES, TensorPlace, TensorSource
 from gratis.subjects.merge_engine import MergeProgress, Power, stream
 from gratis.subjects.merge_inputs import Inputs, checked_weights
 from gratis.subjects.merge_rules import Rule
-from gratis.subjects.merged_folder import carry, describe, recipe_of, write_card, write_record
+from gratis.subjects.merged_folder import carry, copy_within, describe, recipe_of, write_card, write_record
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,17 @@ def _describe_folder(
 ) -> None:
     folder = writer.folder
     carry(inputs.reference, folder)
-    if inputs.vocabulary is not None:
-        inputs.vocabulary.write(folder)
     if (folder / "config.json").is_file() and not isinstance(inputs.reference, TensorSource):
         (folder / "config.json").write_text(json.dumps(inputs.reference.config(), indent=2) + "\n", encoding="utf-8")
+    if method.configures is not None:
+        copy_within(inputs.experts[method.configures].folder, "config.json", folder)
+    described = 0
     if method.describes is not None:
-        describe(inputs.experts[method.describes], folder)
+        expert = inputs.experts[method.describes]
+        describe(expert, folder)
+        described = next(number for number, source in enumerate(inputs.all) if source is expert)
+    if inputs.vocabulary is not None:
+        inputs.vocabulary.write(folder, described)
     recipe = recipe_of(method, inputs.base, inputs.experts, inputs.weights, dtype, rules)
     if tokenizer != "error":
         recipe["tokenizer"] = tokenizer
@@ -257,6 +262,7 @@ def merge_recipe(
     models: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
     threads: int | None = None,
+    device: str | Sequence[str] = "cpu",
     progress: MergeProgress | None = None,
 ) -> MergeReport:
     """Run a merge recipe, in gratis's form or mergekit's: see `gratis.subjects.merge_recipe`.
@@ -267,4 +273,4 @@ def merge_recipe(
     from gratis.subjects.merge_recipe import load_recipe
 
     read = load_recipe(recipe, models)
-    return read.run(out, overwrite=overwrite, threads=threads, progress=progress)
+    return read.run(out, overwrite=overwrite, threads=threads, device=device, progress=progress)

@@ -26,7 +26,7 @@ from gratis.contract.errors import FileError
 from gratis.contract.files import write_text
 from gratis.contract.method import MergePart
 from gratis.subjects.checkpoints import Checkpoint
-from gratis.subjects.merge_engine import STRETCH
+from gratis.subjects.merge_engine import STRETCH, Power
 from gratis.subjects.merge_recipe import MergeRecipe
 from gratis.subjects.merge_rules import Portion, portions
 from gratis.subjects.merging import merge_state_dicts, open_inputs
@@ -61,10 +61,14 @@ class MergePlan:
     threads: int
     seconds: float
     """Estimate: reading, computing and writing one after the other."""
+    device: str = "cpu"
 
 
-def plan_merge(recipe: MergeRecipe, out: Path, threads: int | None = None) -> MergePlan:
+def plan_merge(
+    recipe: MergeRecipe, out: Path, threads: int | None = None, device: str | Sequence[str] = "cpu"
+) -> MergePlan:
     """Measure and estimate. Raises FileError where the disk is too small, InputError for inputs that do not fit."""
+    power = Power.of(threads, device)
     base, experts = open_inputs(recipe.method, recipe.experts, recipe.base, recipe.weights, recipe.tokenizer)
     reference = base or experts[0]
     everything = [*([base] if base is not None else []), *experts]
@@ -83,16 +87,16 @@ def plan_merge(recipe: MergeRecipe, out: Path, threads: int | None = None) -> Me
         )
     found = _portions(recipe, reference, experts)
     passes = 1 + any(p.method.kept_share() is not None or p.method.measures for p in found)
-    workers = threads or min(os.cpu_count() or 1, 4)
+    workers = max(power.threads, len(power.devices))
     elements = sum(p.elements for p in reference.places.values() if p.dtype.is_floating_point)
     read_speed, write_speed = _read_speed(everything), _write_speed(folder)
-    compute_speed = _compute_speed(recipe, base, experts, found)
+    compute_speed = _compute_speed(recipe, base, experts, found, power)
     read = sum(source.bytes for source in everything)
     seconds = passes * read / read_speed + written / write_speed + elements / (compute_speed * workers)
-    memory = workers * (len(experts) + 2) * STRETCH * 4
+    memory = workers * (len(experts) + 2) * power.stretch * 4
     return MergePlan(
         len(reference.places), len(experts), read, passes, written, free, memory, read_speed, write_speed,
-        compute_speed, workers, seconds,
+        compute_speed, workers, seconds, " and ".join(map(str, power.devices)),
     )  # fmt: skip
 
 
@@ -125,7 +129,9 @@ def _write_speed(folder: Path) -> float:
     return len(data) / max(time.perf_counter() - began, 1e-6)
 
 
-def _compute_speed(recipe: MergeRecipe, base: Any, experts: Sequence[Any], found: Sequence[Portion]) -> float:
+def _compute_speed(
+    recipe: MergeRecipe, base: Any, experts: Sequence[Any], found: Sequence[Portion], power: Power
+) -> float:
     """Elements per second of the largest portion's method on up to one stretch of its largest tensor."""
     reference = base or experts[0]
     portion = max(found, key=lambda p: sum(reference.places[name].elements for name in p.names))
@@ -142,7 +148,7 @@ def _compute_speed(recipe: MergeRecipe, base: Any, experts: Sequence[Any], found
     best = math.inf
     for _ in range(2):
         began = time.perf_counter()
-        merge_state_dicts(portion.method, chosen, under, portion.weights)
+        merge_state_dicts(portion.method, chosen, under, portion.weights, device=str(power.devices[0]))
         best = min(best, time.perf_counter() - began)
     return max(rows * row, 1) / max(best, 1e-9)
 

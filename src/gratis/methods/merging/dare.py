@@ -77,10 +77,15 @@ def drop(delta: Tensor, density: float, seed: int, model: int, part: MergePart) 
     key = hashlib.blake2b(f"{seed}/{model}/{part.tensor}".encode(), digest_size=16).digest()
     low, high = np.frombuffer(key, dtype=np.uint64)
     scale = np.float32(2**32 / threshold)
-    for begin in range(0, len(delta), BLOCK):
-        piece = delta[begin : begin + BLOCK]
-        kept = _kept(threshold, len(piece), [low, high], (part.start + begin) // BLOCK)
-        piece.mul_(torch.from_numpy(np.multiply(kept, scale, dtype=np.float32)).to(piece.device))
+    drawn = [
+        _kept(threshold, min(BLOCK, len(delta) - begin), [low, high], (part.start + begin) // BLOCK)
+        for begin in range(0, len(delta), BLOCK)
+    ]
+    kept = drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
+    if delta.is_cuda:
+        delta.mul_(torch.from_numpy(kept).to(delta.device).to(torch.float32).mul_(float(scale)))
+    else:
+        delta.mul_(torch.from_numpy(np.multiply(kept, scale, dtype=np.float32)))
 
 
 def _kept(threshold: int, count: int, key: list[np.uint64], block: int) -> NDArray[np.bool_]:

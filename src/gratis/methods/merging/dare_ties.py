@@ -62,4 +62,5 @@ class DARETIES(Merge):
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
         for delta, cutoff in zip(experts, part.cutoffs, strict=False):
             trim(delta, cutoff, part.start)
-        return elect_and_average(experts, part, self.divisor, "positive").mul_(self.scale)
+        merged = elect_and_average(experts, part, self.divisor, "positive")
+        return merged if self.scale == 1 else merged.mul_(self.scale)

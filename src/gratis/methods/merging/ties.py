@@ -69,7 +69,8 @@ class TIES(Merge):
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
         for delta, cutoff in zip(experts, part.cutoffs, strict=False):
             trim(delta, cutoff, part.start)
-        return elect_and_average(experts, part, self.divisor, self.zero_sums).mul_(self.scale)
+        merged = elect_and_average(experts, part, self.divisor, self.zero_sums)
+        return merged if self.scale == 1 else merged.mul_(self.scale)
 
     def revised(self, totals: dict[str, float]) -> Merge | None:
         return Negative(**self.parameters()) if self.zero_sums == "majority" and totals.get("signs", 0) < 0 else None
@@ -109,18 +110,18 @@ def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_
     for delta in deltas[2:]:
         total.add_(delta)
     signs = torch.sign(total)
-    undecided = total if zero_sums == "majority" else None
-    if undecided is not None:
+    if zero_sums == "majority":
         part.totals["signs"] = part.totals.get("signs", 0.0) + signs.sum().item()
     # Signs of 0 become up or down. All in floats: masks of truth values are several times slower.
-    signs.mul_(2.0).add_(-1.0 if zero_sums == "negative" else 1.0).clamp_(-1.0, 1.0)
-    merged, count = torch.zeros_like(total), torch.zeros_like(total)
-    for delta, weight in zip(deltas, weights, strict=True):
+    signs.add_(-0.5 if zero_sums == "negative" else 0.5).sign_()
+    shares = [abs(weight) if divisor == "weight" else 1.0 for weight in weights]
+    merged = deltas[0].mul_(signs).relu_()
+    count = torch.sign(merged).mul_(shares[0])
+    for delta, share in zip(deltas[1:], shares[1:], strict=True):
         agreeing = delta.mul_(signs).relu_()
         merged.add_(agreeing)
-        count.add_(agreeing.sign_(), alpha=abs(weight) if divisor == "weight" else 1)
-    # Comparisons of whole stretches are several times quicker in numpy than in torch.
-    if undecided is not None and bool(((undecided.numpy(force=True) == 0) & (count.numpy(force=True) > 0)).any()):
+        count.add_(agreeing.sign_(), alpha=share)
+    if zero_sums == "majority" and _any_undecided(total, count):
         part.revise = True
     if divisor == "none":
         return merged.mul_(signs)
@@ -129,3 +130,11 @@ def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_
     else:
         count.clamp_min_(1.0)
     return merged.mul_(signs).div_(count)
+
+
+def _any_undecided(total: Tensor, count: Tensor) -> bool:
+    """Whether a sum is 0 although entries are not."""
+    if total.is_cuda:
+        return bool(((total == 0) & (count > 0)).any())
+    # Comparisons of whole stretches are several times quicker in numpy than in torch.
+    return bool(((total.numpy() == 0) & (count.numpy() > 0)).any())
