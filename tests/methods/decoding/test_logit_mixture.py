@@ -12,7 +12,8 @@ from transformers import T5ForConditionalGeneration as T5
 
 import gratis
 from gratis.contract.errors import InputError, ParameterError, SubjectError
-from gratis.methods.decoding.logit_mixture import CACHED, LogitMixture, best_of_logits, best_of_probabilities
+from gratis.methods.decoding.logit_mixture import LogitMixture, best_of_logits, best_of_probabilities
+from gratis.subjects.cache_followers import followers
 from gratis.subjects.opening import set_tokenizer
 from tests import tiny_language as tiny
 
@@ -332,10 +333,10 @@ def test_beams_take_along_what_is_unread(experts):
     half = LogitMixture(**settings, early="close", tolerance=0.5)
     with gratis.attach(first, half), torch.no_grad():
         cache = first(input_ids=ids[:, :20]).past_key_values
-        assert getattr(cache, CACHED)[0].unread.shape == (2, 20)
+        assert followers(cache)[0].unread.shape == (2, 20)
         cache = first(input_ids=ids[:, 20:33], past_key_values=cache).past_key_values
         cache.crop(-3)
-        passes.append(getattr(cache, CACHED)[0].unread.shape)
+        passes.append(followers(cache)[0].unread.shape)
         cache = reordered(cache)
     with gratis.attach(first, LogitMixture(**settings)), torch.no_grad():
         found = first(input_ids=ids[[1, 1], 30:], past_key_values=cache).logits

@@ -22,13 +22,10 @@ from gratis.contract.card import Card
 from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
+from gratis.subjects.cache_followers import follow, followers
 from gratis.subjects.language import language_model, window_of
 from gratis.subjects.opening import open as open_subject
 from gratis.subjects.opening import tokenizer_of
-
-CACHED = "_gratis_mixture"
-FOLLOWED = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
-"""What generate does to a cache, and does to the experts' as well."""
 
 
 class LogitMixture(Attachable):
@@ -340,7 +337,7 @@ class _Mixture:
         """What the experts have read of the text in the subject's cache."""
         if cache is None or cache.get_seq_length() == 0:
             return [_Reader() for _ in self._experts]
-        readers: list[_Reader] = getattr(cache, CACHED, [])
+        readers: list[_Reader] = followers(cache)
         if len(readers) != len(self._experts):
             raise InputError("This cache was not filled by the mixture: leave out past_key_values.")
         return readers
@@ -418,32 +415,6 @@ class _Reader:
 
     def _each(self, change: Callable[[Tensor], Tensor | None]) -> None:
         self.unread, self.positions = (None if rows is None else change(rows) for rows in (self.unread, self.positions))
-
-
-def follow(cache: Any, readers: list[_Reader]) -> None:
-    """Make `readers` be reordered, cut, repeated and copied as `cache` is."""
-    if not hasattr(cache, CACHED):
-        kind: Any = type(cache)
-        cache.__class__ = followed(kind)
-    setattr(cache, CACHED, readers)
-
-
-@functools.cache
-def followed(kind: type) -> type:
-    """The class of caches `kind` with others that follow."""
-
-    def following(name: str) -> Any:
-        own = getattr(kind, name)
-
-        @functools.wraps(own)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            for other in getattr(self, CACHED):
-                getattr(other, name)(*args, **kwargs)
-            return own(self, *args, **kwargs)
-
-        return call
-
-    return type(kind.__name__, (kind,), {name: following(name) for name in FOLLOWED if hasattr(kind, name)})
 
 
 def check_same_tokens(one: Any, other: Any) -> None:
