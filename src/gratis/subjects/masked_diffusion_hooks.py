@@ -128,57 +128,104 @@ def is_block_pipeline(subject: Any) -> bool:
     )
 
 
-def install_in_scheduler(pipeline: Any, scope: Scope, ending: MakeEnding) -> None:
+def install_in_scheduler(pipeline: Any, scope: Scope, ending: MakeEnding, heard: Heard) -> Callable[[], None]:
     """Put a scheduler in the pipeline that commits a whole block where `ending` says so.
 
     The pipeline reads no further than its current block, so a commit fills that block, progress is the block's, and a
-    block without a place of the answer region decodes as usual.
+    block without a place of the answer region decodes as usual. `heard` is told of a call when the next one begins, or
+    when the function that is returned is called: a pipeline does not say when it is done.
     """
-    call: dict[str, Any] = {}
+    calls: list[_BlockCall] = []
     check_inputs, before = pipeline.check_inputs, pipeline.scheduler
     signature = inspect.signature(check_inputs)
 
+    def tell() -> None:
+        while calls:
+            if (outcome := calls.pop().outcome) is not None:
+                heard(outcome)
+
     @functools.wraps(check_inputs)
     def asked(*args: Any, **kwargs: Any) -> Any:
-        call.clear()
-        call["ending"] = ending(pipeline, signature.bind(*args, **kwargs).arguments["gen_length"])
+        tell()
+        window = signature.bind(*args, **kwargs).arguments["gen_length"]
+        calls.append(_BlockCall(ending(pipeline, window), window))
         return check_inputs(*args, **kwargs)
 
     def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call["end"] = (args[0] if args else kwargs["input_ids"]).shape[1]
+        if calls:
+            calls[-1].passed(args[0] if args else kwargs["input_ids"])
 
     class EarlyCommitScheduler(type(before)):  # type: ignore[misc]
         """The pipeline's own scheduler, with an ending."""
 
         def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
             out = super().step(model_output, timestep, sample, **{**kwargs, "return_dict": True})
-            mask, start = kwargs["mask_token_id"], call["end"] - sample.shape[1]
-            if "prompt" not in call:
-                inside = kwargs.get("prompt_mask")
-                call["prompt"] = start + (0 if inside is None else int(inside.sum()))
-            masked = sample == mask
-            clean = model_output.float().clone()
-            clean[..., mask] = -torch.inf
-            rows = masked.any(-1).nonzero()[:, 0]
-            commits = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
-            if len(rows):
-                commits[rows] = call["ending"].commits(
-                    Step(
-                        int(timestep) + 1, self.num_inference_steps, rows, clean[rows], out.sampled_tokens[rows],
-                        masked[rows], offset=start - call["prompt"],
-                    )
-                )  # fmt: skip
-            fill = masked & commits[:, None]
-            out.prev_sample = out.sampled_tokens.where(fill, out.prev_sample)
+            call, proposed = calls[-1], out.sampled_tokens
+            fill, tokens = call.commits(self.num_inference_steps, model_output, int(timestep), sample, proposed, kwargs)
+            out.prev_sample = tokens.where(fill, out.prev_sample)
             out.transfer_index = out.transfer_index | fill
-            call["complete"] = len(rows) > 0 and bool((commits | ~masked.any(-1)).all())
             return out if kwargs.get("return_dict", True) else out.to_tuple()
 
         def check_block_should_continue(self, *args: Any, **kwargs: Any) -> bool:
-            return not call["complete"] and bool(super().check_block_should_continue(*args, **kwargs))
+            return not calls[-1].complete and bool(super().check_block_should_continue(*args, **kwargs))
 
     scheduler = copy.copy(before)
     scheduler.__class__ = EarlyCommitScheduler
     scope.hook(pipeline.model.register_forward_pre_hook(read, with_kwargs=True))
     scope.set_attribute(pipeline, "check_inputs", asked)
     scope.set_attribute(pipeline, "scheduler", scheduler)
+    return tell
+
+
+class _BlockCall:
+    """What one call of the pipeline did so far."""
+
+    def __init__(self, ending: Ending, window: int) -> None:
+        self.ending, self.window = ending, window
+        self.complete = False
+        """Whether the last step committed every row that had masks."""
+        self.outcome: Outcome | None = None
+        self._end = 0
+        self._prompt: int | None = None
+        self._block: int | None = None
+
+    def passed(self, ids: Tensor) -> None:
+        """A forward pass over ids (rows, up to the current block's end)."""
+        self._end = ids.shape[1]
+        if self.outcome is None:
+            none = torch.zeros(len(ids), dtype=torch.long)
+            self.outcome = Outcome(self.window, 0, none, none.clone(), 0, 0)
+        self.outcome.forward_passes += 1
+        self.outcome.row_passes += len(ids)
+
+    def commits(
+        self, steps: int, logits: Tensor, step: int, sample: Tensor, proposed: Tensor, settings: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Which places (rows, block) take a token now, beside those that the scheduler lets in, and the tokens."""
+        assert self.outcome is not None
+        mask, start = settings["mask_token_id"], self._end - sample.shape[1]
+        if self._prompt is None:
+            inside = settings.get("prompt_mask")
+            self._prompt = start + (0 if inside is None else int(inside.sum()))
+        if self._block != start:
+            self._block = start
+            self.outcome.total_steps += steps
+        masked = sample == mask
+        rows = masked.any(-1).nonzero()[:, 0]
+        offset = start - self._prompt
+        # Behind the window the pipeline fills its last block with places that it does not return.
+        places = torch.arange(offset, offset + sample.shape[1], device=sample.device)
+        wanted = masked & (places >= 0) & (places < self.window)
+        clean = logits.float().clone()
+        if bool(clean.isnan().any()):
+            raise InputError("The model's logits are not a number: load it in float32 or bfloat16.")
+        clean[..., mask] = -torch.inf
+        tokens = clean.argmax(-1).where(proposed == mask, proposed)
+        now = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
+        if len(rows):
+            one = Step(step + 1, steps, rows, clean[rows], tokens[rows], wanted[rows], offset=offset)
+            now[rows] = self.ending.commits(one)
+            self.outcome.steps[rows.cpu()] += 1
+            self.outcome.early += wanted.sum(-1).where(now, 0).cpu()
+        self.complete = len(rows) > 0 and bool((now | ~masked.any(-1)).all())
+        return masked & now[:, None], tokens

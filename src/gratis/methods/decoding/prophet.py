@@ -154,8 +154,13 @@ class Prophet(Decoding):
             return Ending(commits, constraints)
 
         if is_block_pipeline(subject):
-            install_in_scheduler(subject, scope, ending)
-            return record.report
+            tell = install_in_scheduler(subject, scope, ending, record.complete)
+
+            def report() -> dict[str, Any]:
+                tell()
+                return record.report()
+
+            return report
         install(subject, scope, ending=ending, heard=record.complete)
         if hasattr(subject, "diffusion_generate"):
             install_in_loop(subject, scope, ending, record.complete)
