@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gratis
 from gratis.contract.errors import InputError, SubjectError
-from gratis.methods.attention.softplus import seen_keys, softplus_attention
+from gratis.methods.attention.softplus import softplus_attention
 from tests import tiny_language as tiny
 from tests.architectures.building import build
 
@@ -51,40 +52,78 @@ def by_rows(query, key, value, power, offset, free_rows):
 @pytest.mark.parametrize("block", [None, 4])
 def test_against_the_equations_row_by_row(power, offset, free, block):
     q, k, v = drawn()
-    out = softplus_attention(q, k, v, seen_keys(None, q, k), power=power, offset=offset, free_rows=free, block=block)
+    out = softplus_attention(q, k, v, power=power, offset=offset, free_rows=free, block=block)
     np.testing.assert_allclose(out.numpy(), by_rows(q, k, v, power, offset, free), atol=1e-6)
 
 
 def test_blocks_steps_and_all_at_once_are_the_same():
     q, k, v = drawn(queries=40, keys=40)
-    whole = softplus_attention(q, k, v, seen_keys(None, q, k))
-    blocks = softplus_attention(q, k, v, seen_keys(None, q, k), block=7)
+    whole = softplus_attention(q, k, v)
+    blocks = softplus_attention(q, k, v, block=7)
     torch.testing.assert_close(blocks, whole, atol=1e-9, rtol=0)
     for i in (0, 1, 2, 3, 17, 39):
         step = q[:, :, i : i + 1]
-        one = softplus_attention(step, k[:, :, : i + 1], v[:, :, : i + 1], seen_keys(None, step, k[:, :, : i + 1]))
+        one = softplus_attention(step, k[:, :, : i + 1], v[:, :, : i + 1])
         torch.testing.assert_close(one, whole[:, :, i : i + 1], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 40, 100])
+def test_masks_of_every_kind_are_read_block_by_block(block):
+    q, k, v = drawn(queries=24, keys=40)
+    seen = torch.ones(24, 40).tril(16).bool()[None, None].repeat(2, 1, 1, 1)
+    seen[1, :, :, :5] = False
+    seen &= ~torch.ones(24, 40).tril(-14).bool()
+    whole = softplus_attention(q, k, v, seen)
+    hidden = torch.zeros(2, 1, 24, 40).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for mask in (seen, hidden):
+        torch.testing.assert_close(softplus_attention(q, k, v, mask, block=block), whole, atol=1e-10, rtol=0)
+    for row in (0, 11, 23):
+        kept = seen[1, 0, row].nonzero()[:, 0]
+        alone = softplus_attention(q[1:, :, row : row + 1], k[1:, :, kept], v[1:, :, kept])
+        torch.testing.assert_close(alone, whole[1:, :, row : row + 1], atol=1e-10, rtol=0)
+
+
+def test_no_tensor_grows_with_the_square_of_the_length():
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            for one in found if isinstance(found, (tuple, list)) else (found,):
+                if isinstance(one, torch.Tensor):
+                    self.numbers = max(self.numbers, one.numel())
+            return found
+
+    sizes = {}
+    for length in (256, 512):
+        q, k, v = drawn(queries=length, keys=length, batch=1)
+        with Largest() as seen:
+            softplus_attention(q, k, v, block=32)
+        sizes[length] = seen.numbers
+        assert seen.numbers <= max(4 * 32 * 32, 4 * length * 8)
+        with Largest() as seen:
+            softplus_attention(q, k, v)
+        assert seen.numbers >= 4 * length * length
+    assert sizes[512] <= 2 * sizes[256]
 
 
 def test_weights_sum_to_one():
     q, k, _ = drawn()
     ones = torch.ones(2, 2, 9, 1, dtype=torch.float64)
     for power in (None, 1.0, 15.0):
-        out = softplus_attention(q, k, ones, seen_keys(None, q, k), power=power)
+        out = softplus_attention(q, k, ones, power=power)
         torch.testing.assert_close(out, torch.ones_like(out), atol=1e-6, rtol=0)
 
 
 def test_power_one_without_offset_is_plain():
     q, k, v = drawn()
-    plain = softplus_attention(q, k, v, seen_keys(None, q, k), power=None)
-    torch.testing.assert_close(
-        softplus_attention(q, k, v, seen_keys(None, q, k), power=1.0, offset=0.0), plain, atol=1e-6, rtol=0
-    )
+    plain = softplus_attention(q, k, v, power=None)
+    torch.testing.assert_close(softplus_attention(q, k, v, power=1.0, offset=0.0), plain, atol=1e-6, rtol=0)
 
 
 def test_a_great_power_takes_the_nearest_key():
     q, k, v = drawn(queries=1, keys=9)
-    out = softplus_attention(q, k, v, torch.ones(1, 1, 1, 9), power=1e4)
+    out = softplus_attention(q, k, v, torch.ones(1, 1, 1, 9).bool(), power=1e4)
     cosine = torch.nn.functional.cosine_similarity(q, k.repeat_interleave(2, 1), dim=-1)
     nearest = v.repeat_interleave(2, 1).gather(2, cosine.argmax(-1)[..., None, None].expand(-1, -1, 1, 8))
     torch.testing.assert_close(out, nearest, atol=1e-3, rtol=0)
@@ -93,7 +132,7 @@ def test_a_great_power_takes_the_nearest_key():
 def test_keys_may_come_in_any_order():
     q, k, v = drawn(queries=1)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    seen = torch.ones(1, 1, 1, 9)
+    seen = torch.ones(1, 1, 1, 9).bool()
     torch.testing.assert_close(
         softplus_attention(q, k[:, :, order], v[:, :, order], seen), softplus_attention(q, k, v, seen)
     )
@@ -107,20 +146,20 @@ def test_a_peaked_row_does_not_overflow():
     k = -q.repeat(1, 1, keys, 1)
     k[:, :, 5] = q[:, :, 0]
     v = torch.arange(keys).float()[None, None, :, None].repeat(1, 1, 1, 8)
-    out = softplus_attention(q, k, v, torch.ones(1, 1, 1, keys), scale=3.0)
+    out = softplus_attention(q, k, v, torch.ones(1, 1, 1, keys).bool(), scale=3.0)
     torch.testing.assert_close(out, torch.full_like(out, 5.0), atol=1e-3, rtol=0)
 
 
 def test_the_first_rows_are_not_empty():
     q, k, v = drawn(queries=3, keys=3)
-    out = softplus_attention(q, k, v, seen_keys(None, q, k))
+    out = softplus_attention(q, k, v)
     torch.testing.assert_close(out[:, :, 0], v[:, :, 0].repeat_interleave(2, 1), atol=1e-6, rtol=0)
 
 
 def test_an_even_row_keeps_its_plain_weights():
     q, k, v = drawn(queries=1, keys=6)
     k = k[:, :, :1].expand(-1, -1, 6, -1)
-    out = softplus_attention(q, k, v, torch.ones(1, 1, 1, 6), offset=1.0001)
+    out = softplus_attention(q, k, v, torch.ones(1, 1, 1, 6).bool(), offset=1.0001)
     torch.testing.assert_close(out, v.mean(2, keepdim=True).repeat_interleave(2, 1), atol=1e-6, rtol=0)
 
 
@@ -180,11 +219,10 @@ def test_it_can_be_trained_with():
 
 def test_gradients_are_those_of_finite_differences():
     q, k, v = drawn(queries=5, keys=5, heads=2, groups=2, dim=4, batch=1)
-    seen = seen_keys(None, q, k)
     inputs = [t.requires_grad_() for t in (q, k, v)]
     for block in (None, 2):
         assert torch.autograd.gradcheck(
-            lambda q, k, v, b=block: softplus_attention(q, k, v, seen, power=3.0, block=b), inputs
+            lambda q, k, v, b=block: softplus_attention(q, k, v, power=3.0, block=b), inputs
         )
 
 
@@ -197,9 +235,9 @@ def test_a_model_trained_with_softmax_is_refused():
 
 
 def test_biases_in_a_mask_are_refused():
-    q, k, _ = drawn()
+    q, k, v = drawn()
     with pytest.raises(InputError, match="biases"):
-        seen_keys(torch.full((1, 1, 9, 9), -0.5), q, k)
+        softplus_attention(q, k, v, torch.full((1, 1, 9, 9), -0.5), block=4)
 
 
 @pytest.mark.parametrize(("architecture", "reason"), [("gpt_oss", "s_aux"), ("gemma2", "softcap"), ("doge", "biases")])

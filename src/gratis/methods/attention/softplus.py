@@ -91,7 +91,10 @@ class SoftplusAttention(Attachable):
     free_rows: int = param(3, at_least=0, at_most=8, help="first rows without an offset")
     scale: float = param(1.0, at_least=0.1, at_most=10, help="factor of the logits' scale ln d · ln N")
     block: int | None = param(
-        1024, at_least=1, unit="tokens", help="keys at a time, three times over; None: all at once (more memory)"
+        1024,
+        at_least=1,
+        unit="tokens",
+        help="queries and keys at a time; None: all at once (memory grows with the square)",
     )
     trained: bool = param(False, help="say that this model was trained with softplus attention")
 
@@ -123,35 +126,19 @@ class SoftplusAttention(Attachable):
             if changed is not None:
                 raise InputError(f"SoftplusAttention has no place for {changed}, which {type(subject).__name__} uses.")
             output = softplus_attention(
-                query, key, value, seen_keys(mask, query, key),
-                power=self.power if self.reweight else None, offset=self.offset, free_rows=self.free_rows,
-                scale=self.scale, block=self.block,
+                query, key, value, mask, power=self.power if self.reweight else None, offset=self.offset,
+                free_rows=self.free_rows, scale=self.scale, block=self.block,
             )  # fmt: skip
             return output.transpose(1, 2).contiguous(), None
 
         install_attention(subject, self.name, attend, scope)
 
 
-def seen_keys(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """(batch or 1, 1, queries, keys) 1.0 where a query may attend, else 0.0. Raises InputError for biases in a mask."""
-    count, length = query.shape[2], key.shape[2]
-    if mask is None:
-        places = torch.arange(length - count, length, device=query.device)[:, None]
-        return (places >= torch.arange(length, device=query.device)).float()[None, None]
-    mask = mask[..., :length]
-    if mask.dtype == torch.bool:
-        return mask[:, :1].float()
-    seen = mask > torch.finfo(mask.dtype).min / 2
-    if holds_biases(mask):
-        raise InputError("Softplus attention takes cosines as scores, to which biases of a mask cannot be added.")
-    return seen[:, :1].float()
-
-
 def softplus_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seen: Tensor,
+    mask: Tensor | None = None,
     *,
     power: float | None = 15.0,
     offset: float = 1.0,
@@ -163,39 +150,88 @@ def softplus_attention(
     """LSSAR attention, or LSSA where `power` is None: (batch, heads, queries, head_dim) in the dtype of `value`.
 
     query: (batch, heads, queries, head_dim) after rotary embedding; key, value: (batch, key heads, keys, head_dim);
-    seen: (batch or 1, 1, queries, keys), 1.0 for keys that a query may attend to. Stages are computed in float32 (in
-    float64 for float64). With `block`, keys are read that many at a time, three times over: nothing of size queries
-    times keys is kept.
+    mask: (batch or 1, 1, queries, keys) of booleans, or floats that hide keys; None for causal attention whose last query
+    is the last key's. Stages are computed in float32 (in float64 for float64). With `block`, so many queries are taken
+    together, and for these so many keys, three times over: nothing of size queries times keys is kept, and what no query
+    of a block attends to is not computed.
+
+    Raises InputError for a mask that holds biases.
     """
     with torch.autocast(query.device.type, enabled=False):
         exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-        batch, heads, count, dim = query.shape
-        grouped = query.to(exact).unflatten(1, (key.shape[1], -1))
-        unit = torch.nn.functional.normalize(grouped, dim=-1)
+        queries, length = query.shape[2], key.shape[2]
+        unit = torch.nn.functional.normalize(query.to(exact).unflatten(1, (key.shape[1], -1)), dim=-1)
         keys = torch.nn.functional.normalize(key.to(exact), dim=-1)[:, :, None]
-        seen = seen.to(exact)[:, :, None]
-        attended = seen.sum(-1, keepdim=True)
-        unit = unit * (scale * math.log(dim) * attended.clamp_min(1).log())
-        step = keys.shape[3] if block is None else block
-
-        def positive() -> Iterator[tuple[Tensor, slice]]:
-            for at in range(0, keys.shape[3], step):
-                here = slice(at, at + step)
-                yield torch.nn.functional.softplus(unit @ keys[:, :, :, here].transpose(3, 4)) * seen[..., here], here
-
-        one = step >= keys.shape[3]
-        first = _again(positive, one)
-        total = _summed(first()) + eps
-        weights = _again(lambda: ((part / total, here) for part, here in first()), one)
-        if power is not None:
-            offsets = torch.where(attended > free_rows, offset, 0.0).to(exact)
-            weights = _again(_sharpened(weights, attended, offsets, seen, power), one)
         values = value.to(exact)[:, :, None]
-        parts = [weight @ values[:, :, :, here] for weight, here in weights()]
-        output = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        if power is not None:
-            output = output / (_summed(weights()) + eps)
-        return output.reshape(batch, heads, count, -1).to(value.dtype)
+        parts = []
+        for begin in range(0, queries, block or queries):
+            rows = slice(begin, min(begin + (block or queries), queries))
+            last = length if mask is not None else length - queries + rows.stop
+            seen = seen_keys(mask, rows, queries, length, query.device)[..., :last].to(exact)[:, :, None]
+            # What a block of queries and keys takes in memory, fewer queries may spend on more keys.
+            step = last if block is None else max(block, block * block // (rows.stop - begin))
+            attended = seen.sum(-1, keepdim=True)
+            scaled = unit[:, :, :, rows] * (scale * math.log(query.shape[-1]) * attended.clamp_min(1).log())
+            offsets = torch.where(attended > free_rows, offset, 0.0).to(exact)
+            parts.append(
+                _of_rows(
+                    scaled, keys[:, :, :, :last], values[:, :, :, :last], seen, attended, offsets, power, step, eps
+                )
+            )
+        output = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+        return output.flatten(1, 2).to(value.dtype)
+
+
+def seen_keys(mask: Tensor | None, rows: slice, queries: int, length: int, device: torch.device) -> Tensor:
+    """(batch or 1, 1, rows, keys) which keys some of the queries may attend to. Raises InputError for biases in a mask."""
+    if mask is None:
+        places = torch.arange(length - queries + rows.start, length - queries + rows.stop, device=device)[:, None]
+        return (places >= torch.arange(length, device=device))[None, None]
+    mask = mask[:, :1, rows, :length]
+    if mask.dtype == torch.bool:
+        return mask
+    if holds_biases(mask):
+        raise InputError("Softplus attention takes cosines as scores, to which biases of a mask cannot be added.")
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def _of_rows(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    attended: Tensor,
+    offsets: Tensor,
+    power: float | None,
+    step: int,
+    eps: float,
+) -> Tensor:
+    """Both stages for some queries, `step` keys at a time.
+
+    query: (batch, key heads, heads per key head, queries, head_dim) scaled; keys, values: (batch, key heads, 1, keys,
+    head_dim); seen: (batch or 1, 1, 1, queries, keys) ones and zeros; attended, offsets: the same with one column.
+    """
+
+    def positive() -> Iterator[tuple[Tensor, slice]]:
+        for at in range(0, keys.shape[3], step):
+            here = slice(at, at + step)
+            yield torch.nn.functional.softplus(query @ keys[:, :, :, here].transpose(3, 4)) * seen[..., here], here
+
+    one = step >= keys.shape[3]
+    first = _again(positive, one)
+    total = _summed(first()) + eps
+    weights = _again(lambda: ((part / total, here) for part, here in first()), one)
+    if power is not None:
+        weights = _again(_sharpened(weights, attended, offsets, seen, power), one)
+    output: Tensor | None = None
+    again: Tensor | None = None
+    for weight, here in weights():
+        found, share = weight @ values[:, :, :, here], weight.sum(-1, keepdim=True)
+        output = found if output is None else output + found
+        again = share if again is None else again + share
+    assert output is not None
+    assert again is not None
+    return output if power is None else output / (again + eps)
 
 
 Parts = Callable[[], Iterable[tuple[Tensor, slice]]]
