@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gratis import zoo
 from gratis.cli.showing import usage
 from gratis.contract.catalogue import Entry, catalogue
 from gratis.contract.files import write_text
@@ -55,6 +56,7 @@ def pages() -> dict[str, str]:
     made["benchmarks.md"] = benchmarks_page(ROOT / "benchmarks" / "results")
     made["compatibility.md"] = compatibility_page(ROOT / "docs" / "pairs.json")
     made["architectures.md"] = architectures_page(ROOT / "docs" / "architectures.json")
+    made["models.md"] = models_page()
     return {name: NOTICE + text.rstrip() + "\n" for name, text in made.items()}
 
 
@@ -186,6 +188,35 @@ def _benchmark(content: Any, script: str) -> list[str]:
             flat = ", ".join(f"{k} {_cell(v)}" for k, v in value.items()) if isinstance(value, dict) else _cell(value)
             parts.append(f"{words.capitalised(key.replace('_', ' '))}: {flat}")
     return [*parts, f"Repeat: `python {script}`"]
+
+
+def models_page() -> str:
+    """The zoo's models: what they are, what a training costs, and each one's card with its figures."""
+    parts = [
+        "# Trained models",
+        'They come with gratis: `gratis.open("zoo:NAME")`. Each is trained anew by one command on a processor; the '
+        "minutes are those of one thread. [The guide](guides/zoo.md) says what they are for.",
+    ]
+    rows, cards = [], []
+    for name in zoo.names():
+        folder = zoo.folder_of(name)
+        figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        card = (folder / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1].strip()
+        command = re.search(r"`(python -m [^`]+)`", card)
+        weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
+        minutes = figures.get("CPU minutes of a training", figures["cpu_seconds"] / 60)
+        rows.append(
+            (
+                f"[{name}](#{name})",
+                zoo.class_of(name),
+                f"{weights:.1f}",
+                f"{minutes:.0f}",
+                command[0] if command else "",
+            )
+        )
+        cards.append(f"#{card}")
+    parts.append(table(("model", "class", "MB", "CPU minutes", "training"), rows))
+    return "\n\n".join([*parts, *cards])
 
 
 def architectures_page(file: Path) -> str:

@@ -29,6 +29,11 @@ def folder_of(name: str) -> Path:
     return _WEIGHTS / name
 
 
+def class_of(name: str) -> str:
+    """The class of a model, for example "LlamaForCausalLM". Raises UnknownNameError, or FileError where none is named."""
+    return _class_of(folder_of(name))[1]
+
+
 def load(name: str, dtype: Any = None, device: Any = None) -> Any:
     """A trained model in evaluation mode, of the class its folder names; float32 unless `dtype` says otherwise.
 

@@ -156,6 +156,7 @@ def write_card(
     """
     folder.mkdir(parents=True, exist_ok=True)
     where = "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+    figures = {**figures, "trained on": where}
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items())
     text = f"""---
