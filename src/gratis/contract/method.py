@@ -165,6 +165,8 @@ class Merge(Method):
     """False for a method that needs a base but works on weights: it is given `part.base` and returns weights."""
     describes: ClassVar[int | None] = None
     """Number of the expert whose tokenizer, chat template and generation settings the result has; None: the base's."""
+    configures: ClassVar[int | None] = None
+    """Number of the expert whose config.json the result has; None: the base's."""
 
     def unit(self, tensor: str, shape: tuple[int, ...]) -> Literal["stretch", "row", "tensor"]:
         """What `combine` needs of `tensor` at once: any stretch, whole rows of `reshape(shape[0], -1)`, or all of it."""

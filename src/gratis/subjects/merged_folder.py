@@ -76,7 +76,10 @@ def describe(expert: Any, folder: Path) -> None:
             copy_within(expert.folder, name, folder)
     path = folder / "config.json"
     if path.is_file():
-        config, own = json.loads(path.read_text(encoding="utf-8")), expert.config()
+        file = expert.folder / "config.json"
+        # As the file has it: a checkpoint whose rows are reordered does not name tokens by number.
+        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else expert.config()
+        config = json.loads(path.read_text(encoding="utf-8"))
         ends = {key: own[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in own}
         path.write_text(json.dumps({**config, **ends}, indent=2) + "\n", encoding="utf-8")
 

@@ -110,11 +110,12 @@ class Vocabulary:
     size: int
     """Rows of the embedding, padding included."""
     tokenizer: dict[str, Any]
-    kept: dict[int, int]
-    """The base's row numbers and what they become."""
+    kept: tuple[dict[int, int], ...]
+    """The row numbers of every model, the base first, and what they become."""
 
-    def write(self, folder: Path) -> None:
-        """Put tokenizer.json and the numbers in the configuration files that were carried over into agreement."""
+    def write(self, folder: Path, of: int = 0) -> None:
+        """Put tokenizer.json and the numbers in the configuration files, which are those of model `of`, into agreement."""
+        kept = self.kept[of]
         (folder / "tokenizer.json").write_text(json.dumps(self.tokenizer, ensure_ascii=False), encoding="utf-8")
         for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "vocab.txt", "spiece.model"):
             (folder / name).unlink(missing_ok=True)
@@ -126,9 +127,9 @@ class Vocabulary:
                     settings["vocab_size"] = self.size
                 for key in IDS:
                     if isinstance(settings.get(key), int):
-                        settings[key] = self.kept.get(settings[key])
+                        settings[key] = kept.get(settings[key])
                     elif isinstance(settings.get(key), list):
-                        settings[key] = [self.kept[n] for n in settings[key] if n in self.kept]
+                        settings[key] = [kept[n] for n in settings[key] if n in kept]
                 path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         path = folder / "tokenizer_config.json"
         if path.is_file():
@@ -201,7 +202,7 @@ def reconcile(sources: Sequence[TensorSource], policy: str) -> tuple[list[Any], 
 
     made = [Reordered(s, n, m, fill) for s, n, m in zip(sources, names, maps, strict=True)]
     content = _tokenizer(sources, tokens)
-    kept = {number: tokens[token] for token, number in first.items() if token in tokens}
+    kept = tuple({number: tokens[token] for token, number in own.items() if token in tokens} for own in known)
     return made, Vocabulary(tokens, size, content, kept)
 
 
