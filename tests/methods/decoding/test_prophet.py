@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.methods.decoding.prophet import calibrate
 from gratis.subjects.masked_diffusion import transfer_schedule
 from gratis.subjects.masked_diffusion_door import generate
+from gratis.subjects.opening import set_tokenizer
 from tests import tiny_language
 from tests import tiny_masked as tiny
 from tests.tiny_masked import MASK, NEW, PROMPT, VOCABULARY
@@ -269,3 +271,137 @@ def test_bad_parameters_calls_and_models():
     nan = tiny.Scripted(lambda ids: torch.full((*ids.shape, VOCABULARY), math.nan)).eval()
     with pytest.raises(InputError, match="not a number"):
         generate(nan, prompt, max_new_tokens=NEW)
+
+
+class Words:
+    """A tokenizer of a few words."""
+
+    mask_token_id, unk_token_id = MASK, 3
+    known = {" The": [11], " answer": [12, 13], " is": [14], "So ": [15], " .": [16]}  # noqa: RUF012
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return SimpleNamespace(input_ids=self.known.get(text, [3]))
+
+
+def worded():
+    model = tiny.tiny_masked_model()
+    set_tokenizer(model, Words())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "places", "constraints"),
+    [
+        # " The answer is" takes 4 places, one is skipped, 5 are the answer: together 10, at the window's end.
+        ({"suffix": ("The", "answer", "is")}, (11, 12, 13, 14, 15), {6: 11, 7: 12, 8: 13, 9: 14}),
+        # The authors' place: the largest offset of a fixed token plus 2.
+        ({"suffix": ("The", "answer", "is"), "suffix_at": 2}, (7, 8, 9, 10, 11), {2: 11, 3: 12, 4: 13, 5: 14}),
+        ({"suffix": ("is",), "answer_skip": 0, "answer_length": 2}, (14, 15), {13: 14}),
+        ({"template": "So {} .", "answer_length": 3}, (12, 13, 14), {11: 15, 15: 16}),
+        ({"template": "So {} .", "suffix_at": 0}, (1, 2, 3, 4, 5), {0: 15, 6: 16}),
+        ({"answer_length": 4}, (12, 13, 14, 15), {}),
+        ({"answer_positions": (3, 9)}, (3, 9), {}),
+        ({}, tuple(range(16)), {}),
+    ],
+)
+def test_the_answer_region_and_the_fixed_words(method, places, constraints):
+    assert gratis.Prophet(**method).answer_region(16, Words()) == (places, constraints)
+
+
+def test_words_that_are_fixed_stay_and_the_baseline_can_have_them_too():
+    model, method = worded(), {"suffix": ("The", "answer", "is"), "suffix_at": 2}
+    _, fixed = gratis.Prophet(**method).answer_region(NEW, Words())
+    with gratis.attach(model, gratis.FixedSteps(block_length=4)):
+        baseline = model.generate(tiny.prompt(), max_new_tokens=NEW, constraints=fixed)
+    for thresholds in (NEVER, AT_ONCE, {}):
+        with gratis.attach(model, gratis.FixedSteps(block_length=4), gratis.Prophet(**method, **thresholds)) as handle:
+            found = model.generate(tiny.prompt(), max_new_tokens=NEW)
+        assert [int(found[0, PROMPT + place]) for place in fixed] == list(fixed.values())
+        if thresholds is NEVER:
+            assert torch.equal(found, baseline)
+        if thresholds is AT_ONCE:
+            # What is fixed is committed by nobody.
+            assert handle.report()["prophet"]["committed_tokens"] == NEW - len(fixed)
+    free = generate(model, tiny.prompt(), max_new_tokens=NEW, block_length=4)
+    assert not torch.equal(free, baseline)
+
+
+def test_guidance_takes_away_the_fixed_words_with_the_prompt():
+    model, fixed = tiny.tiny_masked_model(), {2: 7}
+    ids = torch.cat([tiny.prompt(), torch.full((1, NEW), MASK)], dim=1)
+    ids[0, PROMPT + 2] = 7
+    nothing = torch.full_like(ids, MASK)
+    with torch.no_grad():
+        clean, free = model(input_ids=ids).logits, model(input_ids=nothing).logits
+    guided = (free + 2.5 * (clean - free))[0, PROMPT:]
+    guided[:, MASK] = -math.inf
+    expected = guided.argmax(-1)
+    expected[2] = 7
+    with gratis.attach(model, gratis.Prophet(**AT_ONCE)):
+        found = model.generate(tiny.prompt(), max_new_tokens=NEW, cfg_scale=1.5, constraints=fixed)
+    assert torch.equal(found[0, PROMPT:], expected)
+
+
+def test_of_the_region_all_places_count_or_those_that_are_still_masked():
+    """Place 3 has a gap of 9 and is taken first; place 4 has a gap of 1: together 5, alone 1."""
+
+    def script(ids):
+        logits = torch.zeros(*ids.shape, VOCABULARY)
+        logits[..., 7] = 0.5
+        if ids.shape[1] > PROMPT:
+            logits[:, PROMPT + 3, 7], logits[:, PROMPT + 4, 7] = 9.0, 1.0
+        return logits
+
+    found = {}
+    for region in ("all", "masked"):
+        model = tiny.Scripted(script).eval()
+        with gratis.attach(model, gratis.Prophet(answer_positions=(3, 4), region=region)) as handle:
+            model.generate(tiny.prompt(), max_new_tokens=8, block_length=8)
+        found[region] = handle.report()["prophet"]
+    # At step 2 place 3 has its token: 5.0 still passes nothing at 2 / 8, and passes the middle threshold at 3 / 8.
+    assert found["all"]["gaps"][0][:2] == pytest.approx([5.0, 5.0])
+    assert found["all"]["exit_step"] == [3]
+    assert found["masked"]["gaps"][0][:2] == pytest.approx([5.0, 1.0])
+    # Once both have their tokens the answer cannot change, and the rest is committed.
+    assert found["masked"]["exit_step"] == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gaps_are_taken_in_float32(dtype):
+    """Logits of half precision that differ by 3.5 pass 2.5 at the first progress above 0.67, which is 11 / 16."""
+
+    class Half(tiny.Scripted):
+        def forward(self, input_ids):
+            out = super().forward(input_ids)
+            # What says that later tokens count is too small for half precision.
+            out.logits = out.logits.to(dtype if input_ids.shape[1] > PROMPT else torch.float32)
+            return out
+
+    def script(ids):
+        logits = torch.zeros(*ids.shape, VOCABULARY)
+        logits[..., 7], logits[..., 8] = 5.0, 1.5
+        return logits
+
+    model = Half(script).eval()
+    with gratis.attach(model, gratis.Prophet(answer_length=3)) as handle:
+        model.generate(tiny.prompt(), max_new_tokens=16, block_length=16)
+    report = handle.report()["prophet"]
+    assert report["gaps"][0] == [3.5] * 11
+    assert report["exit_step"] == [11]
+
+
+def test_words_without_room_or_tokens_and_wrong_regions_are_refused():
+    model = worded()
+    for method, words in (
+        ({"suffix": ("The", "answer", "is"), "suffix_at": 12}, "window has 16"),
+        ({"suffix": ("Foo",)}, "does not know"),
+        ({"template": "So {} .", "answer_length": 20}, "window has 16"),
+        ({"answer_length": 17}, "answer region"),
+    ):
+        with gratis.attach(model, gratis.Prophet(**method)), pytest.raises(InputError, match=words):
+            model.generate(tiny.prompt(), max_new_tokens=NEW)
+    with pytest.raises(SubjectError, match="tokenizer"):
+        gratis.attach(tiny.tiny_masked_model(), gratis.Prophet(suffix=("The",)))
+    with pytest.raises(ParameterError):
+        gratis.Prophet(suffix=("",))
