@@ -44,7 +44,7 @@ from gratis.trials.statistics import paired_interval
 from gratis.zoo.train.three_h import RATE, STEPS, expert_folder, folder_of
 
 SCALES = (0.3, 0.6, 1.0, 1.5)
-FOR_TWO = ("average", "task-arithmetic", "ties", "dare-ties", "model-stock", "tsvm", "r-tsvm")
+FOR_TWO = ("average", "task-arithmetic", "ties", "dare-ties", "model-stock", "tsvm", "r-tsvm", "instruction-vector")
 EXEMPT = {"medsamix": "a search: see segmentation-merging", "passthrough": "copies one model"}
 SLOW = ("reg-mean", "fisher", "wudi", "tsvm", "r-tsvm", "iso-c", "nu-slerp", "arcee-fusion")
 SAMPLES, CLASSES = 32, 8
