@@ -4,7 +4,19 @@ import itertools
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig, Qwen3MoeConfig, T5Config
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GraniteMoeConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
 
 from gratis.contract.errors import ParameterError, SubjectError
 from gratis.planning import Attention, Shape, coverage, generation_cost
@@ -152,6 +164,150 @@ def test_a_mixture_of_experts_counts_those_that_a_token_is_sent_to():
 
     two, eight = active_parameters(config(2)), active_parameters(config(8))
     assert eight - two == 6 * 2 * 3 * 32 * 16
+
+
+def local_token_by_token(shape, prompt, length, trials, e=2):
+    """Layers that see everything, and layers that see a window, token by token: what of the prompt any trial reads is read
+    once.
+    """
+    compute, traffic = 2 * shape.parameters * length * trials, 0.0
+    for t in range(1, length + 1):
+        place = prompt + t
+        near = (place - 1) % shape.window + 1 if shape.chunked else min(place, shape.window)
+        own = min(near, t)
+        for layers, kept, generated in (
+            (shape.layers - shape.local_layers, place, t), (shape.local_layers, near, own),
+        ):  # fmt: skip
+            compute += trials * layers * kept * shape.flop
+            traffic += e * layers * shape.numbers * (kept - generated + trials * generated)
+    return compute, traffic
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "length", "trials", "window"),
+    [
+        (0, 900, 1, 128),
+        (300, 900, 4, 128),
+        (300, 900, 4, 700),
+        (300, 50, 3, 128),
+        (1000, 700, 2, 2000),
+        (256, 512, 2, 128),
+    ],
+)
+def test_local_layers_against_sums_over_tokens(prompt, length, trials, window, chunked):
+    shape = Shape("local", 1000.0, 6, 4, 2, 8, local_layers=5, window=window, chunked=chunked)
+    compute, traffic = local_token_by_token(shape, prompt, length, trials)
+    cost = generation_cost(shape, prompt, length, trials)
+    assert cost.compute == pytest.approx(compute, rel=4 / min(length, window))
+    assert cost.traffic == pytest.approx(traffic, rel=4 / min(length, window))
+
+
+def test_a_window_by_hand():
+    """Ten tokens after a prompt of four, a window of two: two layers of one head of size one."""
+    shape = Shape("hand", 1.0, 2, 1, 1, 1, local_layers=1, window=2)
+    cost = generation_cost(shape, 4, 10)
+    everything, near = 10 * 4 + 10 * 10 / 2, 10 * 2
+    assert cost.compute == 2 * 10 + 4 * (everything + near)
+    assert cost.traffic == 2 * 2 * (everything + near)
+    # Of the window, 2 · 2 - 2 · 2 / 2 tokens are the prompt's, which three trials read once.
+    three = generation_cost(shape, 4, 10, 3)
+    assert three.traffic == 2 * 2 * (10 * 4 + 3 * 50 + 2 + 3 * (near - 2))
+
+
+def test_a_window_that_covers_everything_is_full_attention():
+    whole = generation_cost(SMALL, 50, 80, 3)
+    local = generation_cost(Shape("w", 1000.0, 2, 4, 2, 8, local_layers=2, window=130), 50, 80, 3)
+    assert (local.compute, local.traffic) == (pytest.approx(whole.compute), pytest.approx(whole.traffic))
+
+
+def test_sparse_attention_leaves_local_layers_as_they_are():
+    shape, local = Shape("l", 1000.0, 2, 4, 2, 8, local_layers=1, window=32), Shape("o", 1e-9, 1, 4, 2, 8)
+    sparse = generation_cost(shape, 100, 400, 1, Attention(64, 8))
+    own = generation_cost(Shape("f", 1000.0, 1, 4, 2, 8), 100, 400, 1, Attention(64, 8))
+    near = generation_cost(local, 100, 400, 1, Attention(32))
+    assert sparse.compute == pytest.approx(own.compute + near.compute)
+    assert sparse.traffic == pytest.approx(own.traffic + near.traffic)
+
+
+def test_latent_attention_by_hand():
+    """Latents of 512 numbers and 64 for the position, read once for keys and values; 128 heads score 576 of them."""
+    shape = Shape("latent", 37e9, 61, 128, 128, 128, latent=512, rotary=64)
+    cost = generation_cost(shape, 1000, 2000, 2)
+    kept = 2000 * 1000 + 2000**2 / 2
+    assert cost.compute == pytest.approx(2 * (2 * 37e9 * 2000 + 61 * 128 * (2 * 576 + 2 * 512) * kept))
+    assert cost.traffic == pytest.approx(2 * 61 * 576 * (2000 * 1000 + 2 * 2000**2 / 2))
+    grouped = generation_cost(Shape("as heads", 37e9, 61, 128, 128, 128), 1000, 2000, 2)
+    assert grouped.traffic / cost.traffic == pytest.approx(2 * 128 * 128 / 576)
+
+
+def test_layers_without_keys_cost_the_same_at_every_length():
+    shape = Shape("hybrid", 1000.0, 2, 4, 2, 8, other_layers=3, other_flop=500.0, other_bytes=70.0)
+    cost, plain = generation_cost(shape, 50, 80, 4), generation_cost(SMALL, 50, 80, 4)
+    assert cost.compute - plain.compute == pytest.approx(4 * 3 * 500 * 80)
+    assert cost.traffic - plain.traffic == pytest.approx(4 * 3 * 70 * 80)
+
+
+def test_shapes_of_configurations_with_windows_chunks_latents_and_other_layers():
+    gemma = Shape.of(Gemma3TextConfig(num_hidden_layers=12, sliding_window=512), "gemma", 1e9)
+    assert (gemma.layers, gemma.local_layers, gemma.window, gemma.chunked) == (12, 10, 512, False)
+    mistral = Shape.of(MistralConfig(num_hidden_layers=4, sliding_window=64), "mistral", 1e9)
+    assert (mistral.local_layers, mistral.window) == (4, 64)
+    assert Shape.of(MistralConfig(sliding_window=None), "mistral", 1e9).window == 0
+    qwen = Shape.of(Qwen2Config(sliding_window=64, use_sliding_window=False), "qwen", 1e9)
+    assert (qwen.local_layers, qwen.window) == (0, 0)
+    llama = Shape.of(Llama4TextConfig(num_hidden_layers=8, attention_chunk_size=256), "llama", 1e9)
+    assert (llama.local_layers, llama.window, llama.chunked) == (6, 256, True)
+    deep = Shape.of(DeepseekV3Config(), "deep", 37e9)
+    assert (deep.latent, deep.rotary, deep.numbers, deep.flop) == (512, 64, 576, 2 * 128 * (576 + 512))
+    hybrid = Qwen3NextConfig(num_hidden_layers=8)
+    with pytest.raises(SubjectError, match="layers of another cost .linear_attention.: say what one costs"):
+        Shape.of(hybrid, "next", 1e9)
+    told = Shape.of(hybrid, "next", 1e9, other=(5.0, 6.0))
+    assert (told.layers, told.other_layers, told.other_flop, told.other_bytes) == (2, 6, 5.0, 6.0)
+
+
+def test_a_mixture_that_does_not_say_how_many_experts_is_refused():
+    config = DeepseekV2Config(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=16, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=None,
+        num_attention_heads=2, num_key_value_heads=2, vocab_size=50, first_k_dense_replace=0,
+    )  # fmt: skip
+    with pytest.raises(SubjectError, match="how many of its 4 experts a token is sent to"):
+        active_parameters(config)
+
+
+def test_experts_that_are_named_otherwise_are_found_by_their_shape():
+    def config(chosen):
+        return GraniteMoeConfig(
+            hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=50, num_local_experts=8, num_experts_per_tok=chosen,
+        )  # fmt: skip
+
+    assert active_parameters(config(8)) - active_parameters(config(2)) == 6 * 2 * 3 * 32 * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 8}, "need a window"), ({"local_layers": 1}, "need a window"), ({"local_layers": 3, "window": 8}, "some of its 2"),
+        ({"parameters": float("inf")}, "positive numbers"), ({"other_bytes": -1.0}, "negative"),
+    ],
+)  # fmt: skip
+def test_shapes_that_are_none_are_refused(change, message):
+    with pytest.raises(ParameterError, match=message):
+        Shape(**{"name": "odd", "parameters": 1.0, "layers": 2, "heads": 4, "key_heads": 2, "head_dim": 8, **change})
+
+
+def test_layers_that_differ_are_refused():
+    class Listed:
+        is_encoder_decoder = False
+        num_hidden_layers, num_attention_heads, hidden_size = 2, [4, 8], 32
+
+        def get_text_config(self, decoder):
+            return self
+
+    with pytest.raises(SubjectError, match="differ in their heads"):
+        Shape.of(Listed(), "openelm")
 
 
 def test_an_encoder_is_refused():
