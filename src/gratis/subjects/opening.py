@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gratis.contract.attach import Attachment
 from gratis.contract.errors import FileError, MissingExtraError, SubjectError, UnknownNameError, suggestion
 from gratis.subjects.embedded import EMBEDDED, convert_gguf, embedded_folder, quiet_transformers
 
@@ -71,6 +72,8 @@ def open(
 
 def tokenizer_of(model: Any) -> Any:
     """The tokenizer that came with `model`, from the folder or hub name it was loaded from. Raises SubjectError."""
+    if isinstance(model, Attachment):
+        return tokenizer_of(model.subject)
     if model not in _tokenizers:
         from transformers import AutoTokenizer
 
