@@ -6,8 +6,8 @@ import threading
 import pytest
 
 import gratis
-from gratis.contract.attach import Scope, attached
-from gratis.contract.card import Card
+from gratis.contract.attach import Scope, attached, check_together
+from gratis.contract.card import HELD, Card
 from gratis.contract.errors import AttachmentError, StackingError, SubjectError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
@@ -121,8 +121,21 @@ def test_twice_is_refused_and_says_so():
 
 def test_stacking_names_both_and_why():
     subject = Subject()
-    with gratis.attach(subject, Holder()), pytest.raises((StackingError, AttachmentError), match="kv cache|already"):
+    with gratis.attach(subject, Holder()), pytest.raises((StackingError, AttachmentError), match="cache|already"):
         gratis.attach(subject, OtherHolder())
+
+
+def test_a_refusal_says_what_either_does_with_what_only_one_can_have():
+    class Moves(Holder):
+        card = _card(holds=("kv cache",), why={"kv cache": "moves its entries"})
+
+    with pytest.raises(StackingError, match="moves its entries, and test-attach keeps the cache in a way of its own;"):
+        check_together([Moves(), OtherHolder()])
+
+
+def test_what_methods_hold_has_words():
+    for entry in gratis.catalogue.entries.values():
+        assert set(entry.card.holds) <= set(HELD), entry.name
 
 
 def test_two_subjects_at_the_same_time():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
+from gratis.contract.card import HELD
 from gratis.contract.errors import AttachmentError, StackingError, SubjectError
 
 _MISSING = object()
@@ -273,11 +274,23 @@ def _check_stacking(present: list[AttachableLike], new: tuple[AttachableLike, ..
         for other in on:
             if other.name == method.name and (other is method or type(other) is type(method)) and method.holds:
                 raise AttachmentError(f"{method.name} is already attached; detach it first, or use the one that is on.")
-            if shared := sorted(set(other.holds) & set(method.holds)):
+            if shared := [held for held in method.holds if held in other.holds]:
                 raise StackingError(
-                    f"{other.name} and {method.name} cannot be attached together: both need the {shared[0]} "
-                    "for themselves; choose one."
+                    f"{other.name} and {method.name} cannot be attached together: {_reason(other, method, shared)}; "
+                    "choose one."
                 )
             if other is method or (type(other) is type(method) and other.name == method.name):
                 raise AttachmentError(f"{method.name} is already attached; detach it first, or use the one that is on.")
         on.append(method)
+
+
+def _reason(one: AttachableLike, other: AttachableLike, shared: list[str]) -> str:
+    """What both do with what only one can have; of several such things, that of which a card says most."""
+
+    def told(method: AttachableLike) -> Mapping[str, str]:
+        words: Mapping[str, str] = getattr(getattr(method, "card", None), "why", {})
+        return words
+
+    held = max(shared, key=lambda held: (held in told(one)) + (held in told(other)))
+    first, second = (told(method).get(held, HELD.get(held, f"needs the {held}")) for method in (one, other))
+    return f"{one.name} {first}, and {other.name} {second if second != first else 'does so too'}"

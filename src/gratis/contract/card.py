@@ -18,6 +18,22 @@ ActsOn = Literal[
 
 Compare = Literal["value", "difference", "ratio"]
 
+HELD: Mapping[str, str] = {
+    "answers": "asks for several answers to make one of them",
+    "attention": "attends in a way of its own",
+    "attention to the first token": "decides how much attention the first token gets",
+    "choice of keys": "chooses the keys that are attended to",
+    "early commit": "decides when the rest is written at once",
+    "generate": "chooses the tokens that generate returns",
+    "key of the first token": "changes the first token's key",
+    "kv cache": "keeps the cache in a way of its own",
+    "logits": "makes the logits that tokens are chosen by",
+    "scale of attention": "scales the logits of attention",
+    "unet forward": "decides which parts of the U-Net run",
+    "unmasking": "decides which tokens are unmasked",
+}
+"""What only one method at a time can have of a subject, and what one that has it does, in words after its name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -81,7 +97,9 @@ class Card:
     any_length: bool = False
     """Whether it lets a model read texts longer than the window that the model was trained for."""
     holds: tuple[str, ...] = ()
-    """What the method needs for itself ("kv cache", "generate" …): two that hold the same cannot stack."""
+    """What the method needs for itself, of `HELD`: two that hold the same cannot stack."""
+    why: Mapping[str, str] = field(default_factory=dict)
+    """What it does with what it holds, where that is more than `HELD` says: words that follow the method's name."""
     examples: Mapping[str, Any] = field(default_factory=dict)
     """Parameters that make the method act on the tiny subjects of the contract tests."""
     differs: str = ""

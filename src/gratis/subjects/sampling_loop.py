@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, L
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
 from gratis.contract.errors import InputError
+from gratis.subjects.growing_cache import GrowingLayer
 
 _TEXT_INPUTS = {"attention_mask", "position_ids", "token_type_ids"}
 """Model inputs, beside the tokens, that a prompt may have and still be encoded once for all its samples."""
@@ -375,6 +376,7 @@ def can_repeat(cache: Any) -> bool:
         return True
     # A model's own kind of layer may keep more than the keys and values that are repeated.
     return all(
-        type(layer).__module__ == Cache.__module__ and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        (type(layer).__module__ == Cache.__module__ or isinstance(layer, GrowingLayer))
+        and not isinstance(layer, LinearAttentionCacheLayerMixin)
         for layer in cache.layers
     )

@@ -39,8 +39,8 @@ class BlockTopK(Attachable):
         acts_on="language model",
         free_of=("training", "calibration data"),
         summary="each new token attends to the blocks of the text that matter to it",
-        # Means of blocks are kept from token to token, so entries must stay where they are.
         holds=("kv cache", "choice of keys"),
+        why={"kv cache": "keeps the mean key of every block of the cache, so entries must stay where they are"},
         unchanged_when={"blocks": 1000},
         examples={"blocks": 1, "block": 4, "window": 8, "dense_layers": (0,)},
         differs=(

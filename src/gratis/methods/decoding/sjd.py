@@ -51,6 +51,7 @@ class SJD(Decoding):
         unchanged_when={"window": 1},
         examples={"window": 6},
         holds=("generate", "kv cache"),
+        why={"kv cache": "takes rejected tokens back out of the cache"},
         differs=(
             "Prompts of a batch are decoded one after another: committing the shortest run of a batch and testing the "
             "rest again, as the authors' code does, changes the distribution. The residual is not warped a second "

@@ -59,6 +59,12 @@ class InfLLM(Attachable):
         },
         any_length=True,
         holds=("kv cache", "attention", "key of the first token", "scale of attention"),
+        why={
+            "kv cache": "keeps the text in blocks of its own and leaves no cache behind",
+            "attention": "attends by itself, to its window and to the blocks that it looked up",
+            "key of the first token": "keeps keys as they were before rotation and turns them anew",
+            "scale of attention": "sees everything outside its window from one distance, however long the text is",
+        },
         differs=(
             "A query attends to a token either inside its window or outside, never both: the released prefill counts up "
             "to lookup - 1 tokens twice. Scores are summed in float32. Rotary frequencies are the model's own, scaling "

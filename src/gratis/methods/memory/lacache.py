@@ -42,6 +42,7 @@ class LaCache(Attachable):
         examples={"budget": 24, "sinks": 4, "span": 1},
         any_length=True,
         holds=("kv cache",),
+        why={"kv cache": "evicts from the cache and moves what it keeps to other positions"},
         differs=(
             "Keys are turned to their new slots when entries are evicted instead of all keys at every step; a prompt "
             "much longer than the budget is thinned in several rounds where the released rule would under-fill the "

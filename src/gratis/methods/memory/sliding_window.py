@@ -37,6 +37,10 @@ class SlidingWindow(Attachable):
         examples={"budget": 24, "sinks": 4},
         any_length=True,
         holds=("kv cache",),
+        why={
+            "kv cache": "evicts from the cache and moves what it keeps to other positions",
+            "attention to the first token": "forgets the first token where it has no sinks",
+        },
         limits="What left the window is gone: do not use it to recall something from far back.",
         claims=(
             Claim(
@@ -59,6 +63,11 @@ class SlidingWindow(Attachable):
         unit="tokens",
         help="read prompts of generate in pieces of this length, evicting in between; None: at once, up to the window",
     )
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """Without sinks the first token is forgotten, so that nothing can be done with it."""
+        return self.card.holds if self.sinks else (*self.card.holds, "attention to the first token")
 
     def check_parameters(self) -> None:
         if self.sinks >= self.budget:
