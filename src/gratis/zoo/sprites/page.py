@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
+from gratis.zoo.sprites import page_models
 from gratis.zoo.sprites.captions import ambiguous_caption, caption
 from gratis.zoo.sprites.domains import DOMAINS, shift
 from gratis.zoo.sprites.rendering import Rendering, render
@@ -46,9 +47,15 @@ def png(image: NDArray[np.uint8]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def page(seed: int = 0, size: int = 64) -> str:
-    """The page as HTML; it loads nothing. Worlds are drawn from `seed`, pictures at `size` pixels."""
+def page(seed: int = 0, size: int = 64, models: bool = False) -> str:
+    """The page as HTML; it loads nothing. Worlds are drawn from `seed`, pictures at `size` pixels.
+
+    `models` adds what the zoo's models make of them, which takes some seconds; raises UnknownNameError where those
+    models are not installed, and MissingExtraError without diffusers.
+    """
     sections = [_shapes(size), _textures(size), _worlds(seed, size), _ambiguous(seed, size), _domains(seed, size)]
+    if models:
+        sections += page_models.sections(seed, _figure, _section)
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'><title>Sprite world</title>"
