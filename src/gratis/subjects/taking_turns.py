@@ -183,7 +183,7 @@ class TurnLoop:
             passes=small.counts.passes + large.counts.passes,
             encoded=start * (2 if isinstance(large, LocalWriter) else 1),
             discarded=max(small.counts.drafted + large.counts.drafted - kept, 0),
-            details=_details(algorithm, small, large),
+            details=_details(algorithm, small, large, self.committed.shape[1] - start),
             ended=algorithm.text.ended,
         )
 
@@ -271,23 +271,24 @@ def _cut(text: Tensor, known: int, finished: Callable[[Tensor], bool]) -> tuple[
     return text, False
 
 
-def _details(algorithm: Algorithm, small: LocalWriter, large: Any) -> dict[str, Any]:
+def _details(algorithm: Algorithm, small: LocalWriter, large: Any, length: int) -> dict[str, Any]:
     return {
         **algorithm.report(),
         "encoded": {SMALL: small.counts.encoded, LARGE: large.counts.encoded},
         "drafted": {SMALL: small.counts.drafted, LARGE: large.counts.drafted},
-        "places": _places(algorithm, small),
+        "places": _places(algorithm, small, length),
     }
 
 
-def _places(algorithm: Algorithm, small: LocalWriter) -> list[list[Any]]:
-    """[first, last + 1, kind] of what the target wrote, in tokens of the response."""
+def _places(algorithm: Algorithm, small: LocalWriter, length: int) -> list[list[Any]]:
+    """[first, last + 1, kind] of what the target wrote, in tokens of the response of this length."""
     pieces = algorithm.text.pieces
     small.encode(pieces)
     kinds = iter(one["kind"] for one in algorithm.takeovers if one["tokens"] or one["text"])
-    begin = small.bounds[0]
-    spans = zip(small.bounds[:-1], small.bounds[1:], pieces, strict=True)
-    return [[first - begin, end - begin, next(kinds)] for first, end, piece in spans if piece.author == LARGE]
+    ends = [min(bound - small.bounds[0], length) for bound in small.bounds]
+    spans = zip(ends[:-1], ends[1:], pieces, strict=True)
+    found = [[first, end, next(kinds)] for first, end, piece in spans if piece.author == LARGE]
+    return [one for one in found if one[0] < one[1]]
 
 
 def _seed_of_target(seed: int) -> int:

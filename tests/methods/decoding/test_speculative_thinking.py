@@ -252,23 +252,73 @@ def test_the_targets_part_is_what_the_target_would_write_there():
         assert torch.equal(alone, out[:, : ids.shape[1] + end])
 
 
+def spelling(seed, pieces):
+    """A model over characters and `pieces` (which it hardly ever writes): other pieces are another vocabulary."""
+    tokenizer = character_tokenizer(CHARACTERS, 256, pieces=pieces)
+    model = tiny.tiny_language_model(seed)
+    model.resize_token_embeddings(len(tokenizer))
+    set_tokenizer(model, tokenizer)
+
+    def text_only(module, args, out):
+        out.logits[..., :4] = -1e4
+
+    model.register_forward_hook(text_only)
+    return model, tokenizer
+
+
+SPELLED = {"delimiters": tuple("abcdefghijklmnopqrstuvwxyz0123456789"), "takeover_tokens": 5, "top_k": 0, "top_p": 1.0}
+
+
+@torch.no_grad()
+def written(model, tokenizer, ids, text, count):
+    """What a model writes on its own, token by token and without a cache, after its prompt and a text."""
+    ids = [*ids, *tokenizer(text, add_special_tokens=False).input_ids]
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[len(ids) - count :], clean_up_tokenization_spaces=False)
+
+
 def test_a_target_of_another_vocabulary_reads_and_writes_text():
-    small, large = lettered(0), tiny.tiny_language_model(1)
-    tokenizer = character_tokenizer(CHARACTERS, 256, pieces=())
-    assert len(tokenizer) > tiny.VOCABULARY
-    large.resize_token_embeddings(len(tokenizer))
-    set_tokenizer(large, tokenizer)
-    word = letters().decode([7])
-    method = gratis.SpeculativeThinking(
-        target=large, delimiters=(word,), takeover_tokens=5, **NO_WORDS, not_reasoning=True
-    )
+    small, own = spelling(0, ())
+    large, other = spelling(1, ("~~", "^|^", "%%%%"))
+    assert own.get_vocab() != other.get_vocab()
+    ids = own("12+ab=", return_tensors="pt").input_ids
+    method = gratis.SpeculativeThinking(target=large, **SPELLED, **NO_WORDS, not_reasoning=True)
     with gratis.attach(small, method) as handle:
-        out = generate(small, tiny.prompt(), do_sample=False)
+        out = generate(small, ids, do_sample=False)
     report = handle.report()["speculative-thinking"]
-    assert out.shape[1] <= tiny.PROMPT + 40
-    assert report["target_calls"][0] >= 0
+    taken = report["takeovers"][0]
+    assert len(taken) >= 2
+    response = own.decode(out[0, ids.shape[1] :], clean_up_tokenization_spaces=False)
+    prompt = other("12+ab=\n").input_ids
+    whole = ""
+    for one, (first, end, _) in zip(taken, report["places"][0], strict=True):
+        before = own.decode(out[0, ids.shape[1] : ids.shape[1] + first], clean_up_tokenization_spaces=False)
+        assert before.startswith(whole)
+        said = own.decode(out[0, ids.shape[1] + first : ids.shape[1] + end], clean_up_tokenization_spaces=False)
+        # The last one may be cut at the call's length.
+        assert written(large, other, prompt, before, one["tokens"]).startswith(said)
+        assert said == one["text"] or end == out.shape[1] - ids.shape[1]
+        whole = before + said
+    assert out.shape[1] == ids.shape[1] + 40
     with gratis.attach(small, method), pytest.raises(InputError, match="SuppressTokens"):
-        generate(small, tiny.prompt(), do_sample=False, suppress_tokens=[4])
+        generate(small, ids, do_sample=False, suppress_tokens=[4])
+
+
+def test_every_token_is_read_once_by_models_of_different_vocabularies():
+    small, own = spelling(0, ())
+    large, _ = spelling(1, ("~~", "^|^", "%%%%"))
+    read = []
+    method = gratis.SpeculativeThinking(target=large, **SPELLED, **NO_WORDS, not_reasoning=True)
+    with gratis.attach(small, method) as handle:
+        large.register_forward_hook(
+            lambda module, args, kwargs, out: read.append(kwargs["input_ids"]), with_kwargs=True
+        )
+        out = generate(small, own("12+ab=", return_tensors="pt").input_ids, do_sample=False)
+    report = handle.report()["speculative-thinking"]
+    assert sum(ids.shape[1] for ids in read) == report["encoded"][0]["large"]
+    # One token of the large model is at least one of the small model's: no more are read than the text has.
+    assert report["encoded"][0]["large"] <= out.shape[1] + 1
 
 
 def test_a_streamer_sees_what_was_committed_and_an_interrupted_call_tells_it():
