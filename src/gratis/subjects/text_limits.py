@@ -20,6 +20,9 @@ from gratis.subjects.memory_need import LONGEST, Footprint, Free, fits, free_byt
 UNLIMITED = LONGEST
 """Tokens that can follow where nothing limits them."""
 
+SMALLER: tuple[dict[str, Any], ...] = ({}, {"chunk": 512}, {"chunk": 512, "store": "file"})
+"""Parameters with which a method may need less memory than it does as it is."""
+
 
 def longest_text(model: Any) -> int | None:
     """Tokens that `model` reads by itself, those that it writes included; None where nothing limits them."""
@@ -67,7 +70,7 @@ def footprint(model: Any, methods: Iterable[Any], tokens: int, rows: int = 1) ->
     if fits(need, where, free):
         return need
     own = longest(where, lambda count: full_footprint(layers, model.dtype, rows, count))
-    others = [method.name for method in _allowing(model) if fits(method.footprint(model, tokens, rows), where, free)]
+    others = [named for method in _allowing(model) if (named := _fitting(method, model, tokens, rows)) is not None]
     raise MemoryShortError(
         f"The full cache of {tokens:,} tokens takes {in_words(need)}, more than is free: about {own:,} tokens fit"
         + (f"; {_one_of(others)} would hold this text." if others else ".")
@@ -102,6 +105,19 @@ def _allowing(model: Any) -> Iterator[Any]:
                 continue
             yield method
             break
+
+
+def _fitting(method: Any, model: Any, tokens: int, rows: int) -> str | None:
+    """The method, as the command line takes it, if its text fits what is free: as it is, in pieces, or from a file."""
+    where = input_device(model)
+    free = free_bytes(where)
+    for changed in SMALLER:
+        if not set(changed) <= set(method.parameters()):
+            continue
+        if fits(method.replace(**changed).footprint(model, tokens, rows), where, free):
+            told = ",".join(f"{name}={value}" for name, value in changed.items())
+            return f"{method.name}:{told}" if told else str(method.name)
+    return None
 
 
 def _one_of(names: list[str]) -> str:
