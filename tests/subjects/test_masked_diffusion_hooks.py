@@ -78,6 +78,7 @@ def test_blocks_without_a_place_of_the_answer_decode_as_usual(pipeline):
     assert torch.equal(found[:, :7], plain[:, :7])
     assert (pipeline.passes.count(16), pipeline.passes.count(24)) == (usual, 1)
     assert report["committed_tokens"] == BLOCK
+    assert report["gaps"][0][0] is None, "the first block tells no gap"
 
 
 def test_rows_commit_each_for_itself_and_calls_are_counted(pipeline):

@@ -64,6 +64,10 @@ def generate(
     check_together(chosen)
     subject = _opened(model, chosen[0], dtype, device)
     if hasattr(subject, "answer"):
+        for option, given in (("--stop", stop), ("--raw", raw)):
+            if given:
+                raise InputError(f"A chat puts its questions in a form of its own: leave out {option}.")
+        subject.seed = seed
         _from_chat(subject, chosen, asked, max_new_tokens, as_json)
         return
     if all(one.kind != "decode" for one in chosen):
@@ -228,10 +232,15 @@ class _Writer:
         self.tokens += value.flatten().tolist()
         text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
         # Half a character is shown when its other half is there.
-        if self._show and not text.endswith("�"):
-            self._out.print(text[len(self._shown) :], end="", style=STYLE if self._note else None, markup=False)
-            self._shown = text
+        if not text.endswith("�"):
+            self._print(text)
         self._note = ""
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """What was held back is shown as it is."""
+        self._print(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+    def _print(self, text: str) -> None:
+        if self._show and len(text) > len(self._shown):
+            self._out.print(text[len(self._shown) :], end="", style=STYLE if self._note else None, markup=False)
+            self._shown = text

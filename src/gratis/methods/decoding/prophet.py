@@ -5,6 +5,7 @@ P. Li et al., "Diffusion language models know the answer before decoding", 2025 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -286,7 +287,8 @@ class _Record:
                 which.tolist(), gaps.tolist(), now.tolist(), counts.tolist(), strict=True
             ):
                 about = rows.setdefault(row, {"gaps": [], "exit_step": None, "committed": 0})
-                about["gaps"].append(gap)
+                # A block without a place of the answer has no gap.
+                about["gaps"].append(gap if math.isfinite(gap) else None)
                 about["committed"] += count
                 about["exit_step"] = number if commits else about["exit_step"]
         told = [about for _, about in sorted(rows.items())]
