@@ -357,6 +357,9 @@ def test_plan_says_what_generations_cost(capsys):
     assert costs[0]["traffic_bytes"] > costs[1]["traffic_bytes"]
     assert run(["plan", "smollm2", "--hardware", "b200"]) == 0
     assert "562.5 FLOP per byte" in capsys.readouterr().out
+    both = ["plan", "zoo:help-softmax:parameters=1e6", "smollm2", "--seconds", "0.1", "--hardware", "b200"]
+    assert run(both) == 0
+    assert "1 of 2 take at most 0.1 s" in capsys.readouterr().out
 
 
 def test_plan_from_traces(capsys, tmp_path):
@@ -378,6 +381,8 @@ def test_plan_from_traces(capsys, tmp_path):
         (["smollm2", "--hardware", "h10"], "did you mean 'h100'"),
         (["smollm"], "no configuration of 'smollm'"),
         (["smollm2:size=3"], "not size"),
+        (["zoo:help-softmay"], "did you mean 'help-softmax'"),
+        (["smollm2", "--hardware", "measure:warp"], "Nothing can be measured on 'warp'"),
         (["smollm2:parameters=many"], "parameters must be a number"),
         (["smollm2", "--traces", "absent.jsonl"], "absent.jsonl cannot be read"),
     ],

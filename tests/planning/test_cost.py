@@ -7,6 +7,7 @@ import pytest
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    FalconH1Config,
     Gemma3TextConfig,
     GraniteMoeConfig,
     Llama4TextConfig,
@@ -265,6 +266,8 @@ def test_shapes_of_configurations_with_windows_chunks_latents_and_other_layers()
         Shape.of(hybrid, "next", 1e9)
     told = Shape.of(hybrid, "next", 1e9, other=(5.0, 6.0))
     assert (told.layers, told.other_layers, told.other_flop, told.other_bytes) == (2, 6, 5.0, 6.0)
+    both = Shape.of(FalconH1Config(num_hidden_layers=4), "falcon", 1e9, other=(5.0, 6.0))
+    assert (both.layers, both.other_layers) == (4, 4)
 
 
 def test_a_mixture_that_does_not_say_how_many_experts_is_refused():

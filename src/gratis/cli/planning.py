@@ -14,11 +14,13 @@ from gratis.cli import arguments, terminal
 if TYPE_CHECKING:
     from gratis.planning import Attention, Hardware, Plan, Shape
 
+ZOO = "zoo:"
 Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL…",
-        help="Models by configuration: smollm2, a folder, owner/name; NAME:parameters=8e9,as=NAME-IN-TRACES.",
+        help="Models by configuration: smollm2, a folder, owner/name; NAME:parameters=8e9,as=NAME-IN-TRACES (and, for layers "
+        "without a cache of keys, layer_flop=…,layer_bytes=… per token).",
         autocompletion=arguments.complete_model,
     ),
 ]
@@ -33,7 +35,7 @@ def plan(
         Path | None, typer.Option("--record", help="Record generations of the models on small problems into this file.")
     ] = None,
     hardware: Annotated[
-        str, typer.Option("--hardware", help="h100, b200, a100 …, 'measure' this machine, or TFLOP/s:TB/s.")
+        str, typer.Option("--hardware", help="h100, b200, rtx4090 …, 'measure' this machine, or TFLOP/s:TB/s.")
     ] = "h100",
     seconds: Annotated[
         float | None, typer.Option("--seconds", min=0, help="Time per question that may be spent.")
@@ -64,7 +66,7 @@ def plan(
         _record(models, record, generations, not as_json)
         traces = traces or record
     if traces is None:
-        _print_costs(shapes, machine, kinds, prompt, length, trials or [1], batch, element_bytes, as_json)
+        _print_costs(shapes, machine, kinds, prompt, length, trials or [1], batch, element_bytes, seconds, as_json)
         return
     _print_plan(shapes, machine, kinds, traces, trials, batch, element_bytes, seconds, out, as_json)
 
@@ -78,6 +80,7 @@ def _print_costs(
     trials: list[int],
     batch: float | None,
     element_bytes: float,
+    seconds: float | None,
     as_json: bool,
 ) -> None:
     from gratis.planning import Attention, generation_cost
@@ -100,16 +103,23 @@ def _print_costs(
         terminal.print_json({"hardware": vars(machine), "prompt": prompt, "length": length, "costs": rows})
         return
     table = terminal.table(
-        "model", "attention", "samples", "compute", "cache read", "share of memory", "time", numbers=(2, 3, 4, 5, 6)
-    )
+        "model", "attention", "samples", "compute", "memory read", "share of memory", "eFLOP", "time",
+        numbers=(2, 3, 4, 5, 6, 7),
+    )  # fmt: skip
+    within = [one for one in rows if seconds is not None and one["seconds"] <= seconds]
     for one in rows:
         table.add_row(
             str(one["model"]), str(one["attention"]), str(one["samples"]), f"{one['compute_flop'] / 1e12:,.4g} TFLOP",
-            number(one["traffic_bytes"], "bytes"), f"{one['memory_share']:.1%}", number(one["seconds"], "s"),
+            number(one["traffic_bytes"], "bytes"), f"{one['memory_share']:.1%}", f"{one['total_eflop'] / 1e12:,.4g} T",
+            number(one["seconds"], "s"), style="bold" if one in within else "",
         )  # fmt: skip
     out = terminal.console()
     out.print(f"{machine.name}: {machine.intensity:.4g} FLOP per byte; {prompt} tokens of prompt, {length} generated")
     out.print(table)
+    if seconds is not None:
+        out.print(
+            f"{len(within)} of {len(rows)} take at most {seconds:g} s; which is right most often only traces say."
+        )
 
 
 def _print_plan(
@@ -138,7 +148,7 @@ def _print_plan(
         return
     out = terminal.console()
     out.print(f"{machine.name}: {machine.intensity:.4g} FLOP per byte. From the cheapest option on, what is better:")
-    table = terminal.table(*HEADS, numbers=(1, 2, 4, 6, 7, 8))
+    table = terminal.table(*HEADS, numbers=(1, 2, 4, 6, 7, 8, 9))
     for choice in made.choices:
         table.add_row(*row(choice.option, made), style="bold" if choice.option is chosen else "")
     out.print(table)
@@ -175,25 +185,47 @@ def _shape(text: str) -> tuple[str, Shape]:
     from gratis.contract.errors import ParameterError
     from gratis.planning import Shape
 
-    name, given = arguments.specification(text)
-    unknown = set(given) - {"parameters", "as"}
+    name, given = _specification(text)
+    unknown = set(given) - {"parameters", "as", "layer_flop", "layer_bytes"}
     if unknown:
-        raise ParameterError(f"{name}: a model takes parameters=… and as=…, not {', '.join(sorted(unknown))}.")
-    try:
-        parameters = float(given["parameters"]) if "parameters" in given else None
-    except ValueError:
-        raise ParameterError(f"{name}: parameters must be a number such as 8e9, not {given['parameters']!r}.") from None
+        raise ParameterError(
+            f"{name}: a model takes parameters=…, as=…, layer_flop=… and layer_bytes=…, not {', '.join(sorted(unknown))}."
+        )
+    numbers: dict[str, float] = {}
+    for key in sorted({"parameters", "layer_flop", "layer_bytes"} & set(given)):
+        try:
+            numbers[key] = float(given[key])
+        except ValueError:
+            raise ParameterError(f"{name}: {key} must be a number such as 8e9, not {given[key]!r}.") from None
+    other = None
+    if {"layer_flop", "layer_bytes"} & set(numbers):
+        other = numbers.get("layer_flop", 0.0), numbers.get("layer_bytes", 0.0)
     called = given.get("as", name)
-    return called, Shape.of(_configuration(name), called, parameters)
+    return called, Shape.of(_configuration(name), called, numbers.get("parameters"), other)
+
+
+def _specification(text: str) -> tuple[str, dict[str, str]]:
+    """NAME or zoo:NAME, and what is said about it."""
+    kind = ZOO if text.startswith(ZOO) else ""
+    name, given = arguments.specification(text.removeprefix(kind))
+    return kind + name, given
 
 
 def _configuration(name: str) -> Any:
     from transformers import AutoConfig
 
+    from gratis import zoo
     from gratis.contract.errors import UnknownNameError
     from gratis.subjects.embedded import EMBEDDED, embedded_folder
 
-    source = str(embedded_folder(name)) if name in EMBEDDED else str(Path(name).expanduser())
+    if name.startswith(ZOO):
+        source = str(zoo.folder_of(name.removeprefix(ZOO)))
+    else:
+        source = str(embedded_folder(name)) if name in EMBEDDED else str(Path(name).expanduser())
+    if not Path(source).is_dir() and "/" not in name:
+        raise UnknownNameError(
+            f"There is no configuration of {name!r}: name a folder, owner/name, zoo:NAME or {', '.join(EMBEDDED)}."
+        )
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -207,7 +239,7 @@ def _record(models: list[str], path: Path, generations: int, show: bool) -> None
 
     made = []
     for text in models:
-        name, given = arguments.specification(text)
+        name, given = _specification(text)
         with terminal.progress(show) as progress:
             made += record(
                 open_subject(name),

@@ -109,14 +109,16 @@ class Shape:
         others = sorted({kind for kind in kinds if kind not in _ATTENDING})
         if others and other is None:
             raise SubjectError(
-                f"{name} has layers of another cost ({', '.join(others)}): say what one costs per token, in FLOP and bytes."
+                f"{name} has layers of another cost ({', '.join(others)}): say what one costs per token, in FLOP and bytes "
+                "(other=…; on the command line layer_flop=… and layer_bytes=…)."
             )
         local = [kind for kind in kinds if kind in _LOCAL]
+        attending = sum(kind in _ATTENDING or kind in _BOTH for kind in kinds)
         if len(set(local)) > 1:
             raise SubjectError(f"{name} has both sliding and chunked layers, which the cost model has no place for.")
         latent = _number(getattr(text, "kv_lora_rank", None) or 0)
         return cls(
-            name, parameters if parameters is not None else active_parameters(config), depth - sum(k in others for k in kinds),
+            name, parameters if parameters is not None else active_parameters(config), attending,
             heads, key_heads, head_dim,
             local_layers=len(local), window=_number(getattr(text, _LOCAL[local[0]]) if local else 0),
             chunked="chunked_attention" in local,
@@ -129,6 +131,8 @@ class Shape:
 _LOCAL = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Kinds of layers that see part of the text, and how a configuration calls that part's length."""
 _ATTENDING = {"full_attention", *_LOCAL}
+_BOTH = {"hybrid"}
+"""Kinds of layers that attend to everything and have a state besides."""
 
 
 def _number(value: Any) -> int:
@@ -144,7 +148,7 @@ def _kinds(text: Any, depth: int) -> list[str]:
     if kinds:
         return kinds
     if any(name.startswith(("mamba_", "ssm_")) for name in text.to_dict()):
-        return ["recurrent and attention"] * depth
+        return ["hybrid"] * depth
     windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     return ["sliding_attention" if windowed else "full_attention"] * depth
 

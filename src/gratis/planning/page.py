@@ -16,7 +16,18 @@ from gratis.trials.trial import SeriesRecord
 from gratis.trials.words import number
 
 TEMPLATE = Path(__file__).parent / "page.html.jinja"
-HEADS = ("model", "samples", "tokens", "attention", "accuracy", "95 % interval", "compute", "cache read", "time")
+HEADS = (
+    "model",
+    "samples",
+    "tokens",
+    "attention",
+    "accuracy",
+    "95 % interval",
+    "compute",
+    "memory read",
+    "eFLOP",
+    "time",
+)
 COLOURS = 5
 """Lines that can be told apart."""
 
@@ -25,7 +36,7 @@ def row(option: Option, plan: Plan) -> tuple[str, ...]:
     """An option in words, in the order of HEADS: amounts are those of one question."""
     interval = option.interval
     cost = option.cost
-    seconds = plan.hardware.seconds(cost.total(plan.hardware.intensity))
+    total = cost.total(plan.hardware.intensity)
     return (
         option.model,
         str(option.trials),
@@ -35,7 +46,8 @@ def row(option: Option, plan: Plan) -> tuple[str, ...]:
         f"{interval[0]:.2f} to {interval[1]:.2f}" if interval is not None else "",
         f"{cost.compute / 1e12:.4g} TFLOP",
         number(cost.traffic, "bytes"),
-        number(seconds, "s"),
+        f"{total / 1e12:.4g} T",
+        number(plan.hardware.seconds(total), "s"),
     )
 
 
