@@ -97,3 +97,62 @@ def test_without_a_sandbox_nothing_runs(monkeypatch, tmp_path):
     monkeypatch.undo()
     with pytest.raises(InputError, match="time and memory"):
         run_code("pass", seconds=0)
+
+
+DIRECT = """
+import ctypes, errno, json, os, platform, signal, socket, sys
+from gratis.subjects import sandbox
+call = ctypes.CDLL(None, use_errno=True).syscall
+numbers = {"x86_64": {"socket": 41, "connect": 42, "socketpair": 53, "bind": 49, "sendto": 44, "open": 2, "openat": 257,
+                      "fork": 57, "vfork": 58, "clone": 56, "clone3": 435, "execve": 59, "execveat": 322, "kill": 62,
+                      "tgkill": 234, "ptrace": 101, "process_vm_readv": 310, "unlink": 87, "unlinkat": 263, "rename": 82,
+                      "mkdir": 83, "setrlimit": 160, "prlimit64": 302, "prctl": 157, "mount": 165, "io_uring_setup": 425,
+                      "memfd_create": 319, "dup": 32, "pipe2": 293, "chmod": 90, "setuid": 105, "bpf": 321, "shmget": 29,
+                      "inotify_init1": 294, "keyctl": 250, "userfaultfd": 323, "seccomp": 317, "pidfd_open": 434,
+                      "openat2": 437, "x32 socket": 41 | 0x40000000},
+           "aarch64": {"socket": 198, "connect": 203, "openat": 56, "clone": 220, "execve": 221, "kill": 129,
+                       "ptrace": 117, "unlinkat": 35, "prlimit64": 261, "prctl": 167, "memfd_create": 279}}
+left, right = socket.socketpair()
+before = call(39 if platform.machine() == "x86_64" else 172) == os.getpid()
+sandbox._give_up(platform.machine())
+found = {}
+for name, number in numbers[platform.machine()].items():
+    ctypes.set_errno(0)
+    value = call(number, 0, 0, 0, 0, 0, 0)
+    found[name] = [value, errno.errorcode.get(ctypes.get_errno(), ctypes.get_errno())]
+try:
+    socket.socket()
+    found["socket.socket"] = [0, "made"]
+except PermissionError:
+    found["socket.socket"] = [-1, "EPERM"]
+try:
+    left.send(b"x")
+    found["send on a socket that was open"] = [0, "sent"]
+except PermissionError:
+    found["send on a socket that was open"] = [-1, "EPERM"]
+os.write(1, json.dumps([before, found]).encode())
+os._exit(0)
+"""
+
+
+def test_the_kernel_refuses_the_calls_themselves():
+    """Asked by number, without Python's modules in between: sockets, files, processes, limits."""
+    import json
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", DIRECT], capture_output=True, timeout=60)
+    before, found = json.loads(done.stdout)
+    assert before, "calls go through before"
+    assert {"socket", "connect", "execve", "socket.socket"} <= set(found)
+    assert found == {name: [-1, "EPERM"] for name in found}
+
+
+def test_only_what_computes_is_allowed():
+    for table in sandbox._CALLS.values():
+        names = set(table["allowed"])
+        assert (
+            names & {"socket", "connect", "open", "openat", "clone", "clone3", "fork", "execve", "kill", "tgkill"}
+            == set()
+        )
+        assert len(set(table["allowed"].values())) == len(names)
