@@ -23,9 +23,11 @@ from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
 from gratis.subjects.cache_followers import follow, followers
+from gratis.subjects.call_arguments import by_name
 from gratis.subjects.language import language_model, window_of
 from gratis.subjects.opening import open as open_subject
 from gratis.subjects.opening import tokenizer_of
+from gratis.subjects.same_tokens import differences
 
 
 class LogitMixture(Attachable):
@@ -285,10 +287,7 @@ class _Mixture:
         self.error = 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        for name, parameter in self._signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                bound.update(bound.pop(name, {}))
+        bound = by_name(self._signature, args, kwargs)
         if bound.get("input_ids") is None:
             raise InputError("LogitMixture reads tokens, which every expert embeds for itself: pass input_ids.")
         mask = bound.get("attention_mask")
@@ -424,13 +423,6 @@ def check_same_tokens(one: Any, other: Any) -> None:
         raise SubjectError(f"LogitMixture needs logits of one width; the models have {widths[0]:,} and {widths[1]:,}.")
     if tokenizer_of(one) is tokenizer_of(other):
         return
-    a, b = (tokenizer_of(model).get_vocab() for model in (one, other))
-    if a == b:
-        return
-    first = {number: token for token, number in a.items()}
-    second = {number: token for token, number in b.items()}
-    different = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
-    shown = ", ".join(f"{n} is {first.get(n)!r} and {second.get(n)!r}" for n in different[:3])
-    raise SubjectError(
-        f"LogitMixture needs models of one vocabulary, but {len(different):,} token ids differ between them: {shown}."
-    )
+    found = differences(*(tokenizer_of(model).get_vocab() for model in (one, other)))
+    if found:
+        raise SubjectError(f"LogitMixture needs models of one vocabulary, but {found}.")

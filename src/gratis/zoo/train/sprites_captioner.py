@@ -45,6 +45,7 @@ def captioner(vocabulary: int, hidden: int = 64, layers: int = 3) -> VisionEncod
     for config in (model.config, model.generation_config):
         config.decoder_start_token_id, config.bos_token_id = 1, 1
         config.eos_token_id, config.pad_token_id = 2, 0
+    model.config.null_image = "zeros"  # what it was shown in the place of a picture
     return model
 
 
