@@ -40,6 +40,7 @@ from gratis.subjects.embedded import embedded_folder
 from gratis.subjects.folders import cache_folder
 from gratis.subjects.merging import merge_into
 from gratis.tasks.three_h import ASPECTS, SIDES, answers, chat, requests
+from gratis.trials.environment import environment
 from gratis.trials.statistics import paired_interval
 from gratis.zoo.train.three_h import RATE, STEPS, expert_folder, folder_of
 
@@ -47,6 +48,8 @@ SCALES = (0.3, 0.6, 1.0, 1.5)
 FOR_TWO = ("average", "task-arithmetic", "ties", "dare-ties", "model-stock", "tsvm", "r-tsvm", "instruction-vector")
 EXEMPT = {"medsamix": "a search: see segmentation-merging", "passthrough": "copies one model"}
 SLOW = ("reg-mean", "fisher", "wudi", "tsvm", "r-tsvm", "iso-c", "nu-slerp", "arcee-fusion")
+STATISTICS = ("information", "grams")
+"""Parameters of Fisher and RegMean that name files."""
 SAMPLES, CLASSES = 32, 8
 """Requests behind Fisher information and Gram matrices, and next tokens over which Fisher information is taken."""
 
@@ -317,7 +320,7 @@ def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {
             "method": row["method"]
             or (f"the {row['experts'][0]} one alone" if row["experts"] else "before fine-tuning"),
-            "parameters": {k: v for k, v in row["parameters"].items() if k not in ("information", "grams")},
+            "parameters": {k: v for k, v in row["parameters"].items() if k not in STATISTICS},
             **({"scale": scale} if scale is not None else {}),
             **{aspect: round(share, 3) for aspect, share in shares.items()},
             "mean": round(statistics.fmean(shares[aspect] for aspect in among if aspect in shares), 3),
@@ -385,43 +388,72 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate of the fine-tunes")
     parser.add_argument("--methods", nargs="*", default=[], help="only these")
     parser.add_argument("--rows", type=Path, default=None, help="rows as they come")
+    parser.add_argument("--gather", action="store_true", help="only write the table of the rows that are there")
     flags = parser.parse_args()
     made = {"steps": flags.steps, "rate": flags.rate}
-    for aspect in ASPECTS:
-        expert_folder(aspect, device=flags.device, **made)
-    print(json.dumps({"conflicts": (found := conflicts(made, flags.device))}, indent=1), flush=True)
     if flags.rows is None:
         flags.rows = cache_folder() / f"three_h-{flags.steps}-{flags.rate:g}-{flags.size}.jsonl"
     rows = [json.loads(text) for text in flags.rows.read_text().splitlines()] if flags.rows.is_file() else []
-    done = {json.dumps([row["method"], row["parameters"], row["experts"]]) for row in rows if "right" in row}
-    wanted = [
-        job
-        for job in jobs_of(flags.methods, made)
-        if json.dumps([job["method"], job["parameters"], list(job["experts"])]) not in done
-    ]
+    if not flags.gather:
+        measure(flags, made, rows)
+    gather(flags, made, rows)
+
+
+def measure(flags: argparse.Namespace, made: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Add to the rows what they lack, and write each down as it comes."""
+    for aspect in ASPECTS:
+        expert_folder(aspect, device=flags.device, **made)
+    done = {_key(row) for row in rows if "right" in row}
+    wanted = [job for job in jobs_of(flags.methods, made) if _key(job) not in done]
     flags.rows.parent.mkdir(parents=True, exist_ok=True)
     began = (flags.device, flags.size, made, flags.tuning)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(flags.jobs, spawn, _begin, began) as pool, open(flags.rows, "a") as file:
-        running = [pool.submit(_run, job) for job in wanted]
-        for future in track(as_completed(running), total=len(running), description="merging and asking"):
-            row = json.loads(json.dumps(future.result()))
-            rows.append(row)
+    with open(flags.rows, "a") as file, ProcessPoolExecutor(flags.jobs, spawn, _begin, began) as pool:
+
+        def add(row: dict[str, Any]) -> None:
+            rows.append(json.loads(json.dumps(row)))
             file.write(json.dumps(row) + "\n")
             file.flush()
-    device = torch.cuda.get_device_name() if flags.device.startswith("cuda") else "cpu"
-    trained = {a: json.loads((expert_folder(a, **made) / "figures.json").read_text()) for a in ASPECTS}
+
+        if not any("conflicts" in row for row in rows):
+            around = environment()
+            add({key: around[key] for key in ("processor", "cores", "memory_gb", "system", "python", "versions")})
+            add({"device": torch.cuda.get_device_name() if flags.device.startswith("cuda") else "cpu"})
+            add({"fine-tunes": {a: json.loads((folder_of(a, **made) / "figures.json").read_text()) for a in ASPECTS}})
+            add({"conflicts": conflicts(made, flags.device)})
+        running = [pool.submit(_run, job) for job in wanted]
+        for future in track(as_completed(running), total=len(running), description="merging and asking"):
+            add(future.result())
+
+
+def gather(flags: argparse.Namespace, made: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write the table of the rows, and what was not measured."""
+    around: dict[str, Any] = {}
+    for row in rows:
+        if "method" not in row:
+            around |= row
+    versions = around.pop("versions", {})
+    machine = {key: around.pop(key) for key in ("processor", "cores", "memory_gb", "system", "python") if key in around}
+    merged = [row for row in rows if "method" in row]
+    done = {_key(row) for row in merged}
+    left = [job for job in jobs_of(flags.methods, made) if _key(job) not in done]
     store(
         "three_h",
         {
-            "repeat": f"python benchmarks/three_h.py --device {flags.device.partition(':')[0]}",
-            "device": device,
+            "machine": machine,
+            "versions": versions,
+            "repeat": f"python benchmarks/three_h.py --device {'cpu' if around.get('device') == 'cpu' else 'cuda'}",
             "requests of each aspect": flags.size,
-            "fine-tunes": trained,
-            "conflicts": found,
-            **table(rows),
+            **around,
+            **table(merged),
+            "not measured": [f"{job['method']}: {' and '.join(job['experts'])}" for job in left],
         },
     )
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    parameters = {name: value for name, value in row["parameters"].items() if name not in STATISTICS}
+    return json.dumps([row["method"], parameters, list(row["experts"])])
 
 
 if __name__ == "__main__":

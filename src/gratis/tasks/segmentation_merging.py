@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from gratis.contract.errors import SubjectError
@@ -39,6 +39,7 @@ class SegmentationMerging(Task):
     looks: tuple[str, ...] = param(("clean", "textured", "faded", "thin"), help="looks that count")
     regime: str = param("single", choices=("single", "multi"), help="search one mean score, or a front over looks")
     device: str = param("cpu", help="where pictures are segmented")
+    prefix_cache: bool = param(True, help="in a search, run a model from the first group on that changed")
 
     def subject(self) -> Any:
         from gratis import zoo
@@ -57,14 +58,16 @@ class SegmentationMerging(Task):
     def _merged(self, subject: Any, method: Method | None) -> Iterator[Any]:
         from gratis.contract.method import Merge
         from gratis.subjects.merging import merge_state_dicts
+        from gratis.subjects.prefix_cache import PrefixCache
 
         model, states, seen, unseen = subject
         before = states[0]
         details: dict[str, Any] = {}
 
-        def score(state: Any, budget: int) -> Any:
-            model.load_state_dict(state)
-            found = {look: _dice(model, seen[look].first(max(budget, 1))).mean().item() for look in seen}
+        def score(state: Any, budget: int, load: Any = model.load_state_dict) -> Any:
+            load(state)
+            # Small sets lie within large ones, batch by batch.
+            found = {look: _dice(model, seen[look].first(max(budget, 1)), 4).mean().item() for look in seen}
             return found if self.regime == "multi" else {"dice": sum(found.values()) / len(found)}
 
         try:
@@ -74,7 +77,14 @@ class SegmentationMerging(Task):
                 details["model"] = MODELS[chosen]
                 model.load_state_dict(states[chosen])
             elif hasattr(method, "search"):
-                found = method.search(states[0], states, score, samples=self.search)
+                cached = PrefixCache(model, every=method.layer_granularity) if self.prefix_cache else nullcontext()
+                with cached as cache:
+                    load = cache.load if cache is not None else model.load_state_dict
+                    found = method.search(
+                        states[0], states, lambda state, budget: score(state, budget, load), samples=self.search
+                    )
+                if cache is not None:
+                    details["layers skipped"] = cache.layers_skipped / (cache.layers_skipped + cache.layers_run)
                 details |= {
                     "trials": len(found.trials),
                     "score on the search's pictures": sum(found.score.values()) / len(found.score),
@@ -107,7 +117,7 @@ class SegmentationMerging(Task):
         )
 
 
-def _dice(model: Any, pictures: Any) -> Any:
+def _dice(model: Any, pictures: Any, batch: int = 64) -> Any:
     from gratis.zoo.sprites_segmenter import scores
 
-    return scores(model, pictures)
+    return scores(model, pictures, batch)

@@ -370,3 +370,26 @@ def test_as_a_plain_merge_it_says_what_to_call():
 def test_a_filter_that_matches_nothing_warns():
     with pytest.warns(GratisWarning, match="'attention' in it"):
         Space(layer_groups(NAMES, 2), ("attention",), ("linear",), 2)
+
+
+def test_many_numbers_and_few_trials_warn():
+    base, models = states()
+    with pytest.warns(GratisWarning, match="112 numbers are close to random search: choose a larger layer_granularity"):
+        MedSAMix(layer_granularity=1, n_trials=3).search(base, models, nearness(models[0]), samples=30)
+
+
+def test_a_search_from_the_first_changed_group_on_comes_to_the_same_trials():
+    """Also what it scores: the plain score, bit for bit."""
+    from gratis.tasks.segmentation_merging import SegmentationMerging
+
+    found = []
+    for cached in (True, False):
+        task = SegmentationMerging(search=12, pictures=2, looks=("textured",), prefix_cache=cached)
+        method = MedSAMix(layer_granularity=2, n_trials=8, min_budget=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GratisWarning)
+            with task.applied(task.subject(), method) as merged:
+                found.append(task.measure(merged, seed=0))
+    assert found[0].details.pop("layers skipped") > 0
+    assert found[0].metrics == found[1].metrics
+    assert found[0].details == found[1].details

@@ -42,6 +42,8 @@ AUGMENTATION = 0.05
 TREES, LEAF, FEATURES = 10, 3, 5 / 6
 ENOUGH = 8
 """Points from which a surrogate is fitted."""
+MANY, FEW = 100, 200
+"""Numbers to choose and trials at which a search finds little that chance would not."""
 
 StateDict = Mapping[str, Tensor]
 Score = Callable[[dict[str, Tensor], int], float | Mapping[str, float]]
@@ -162,6 +164,12 @@ class MedSAMix(Merge):
         names = [name for name, tensor in models[0].items() if tensor.is_floating_point()]
         numbers = layer_groups(names, self.layer_granularity) if groups is None else _given(groups, names)
         space = Space(numbers, self.filters, self.methods, len(models))
+        if space.dimensions > MANY and self.n_trials < FEW and self.optimizer != "random":
+            warnings.warn(
+                f"{self.n_trials} trials for {space.dimensions} numbers are close to random search: choose a larger "
+                "layer_granularity.",
+                GratisWarning,
+            )
         state = _Search(self, space, base, models, score, samples, journal, progress or (lambda f, w: None))
         return state.run(report, prefer)
 
