@@ -67,7 +67,7 @@ class SegmentationMerging(Task):
         def score(state: Any, budget: int, load: Any = model.load_state_dict) -> Any:
             load(state)
             # Small sets lie within large ones, batch by batch.
-            found = {look: _dice(model, seen[look].first(max(budget, 1)), 4).mean().item() for look in seen}
+            found = {look: _dice(model, seen[look].first(max(budget, 1)), 8).mean().item() for look in seen}
             return found if self.regime == "multi" else {"dice": sum(found.values()) / len(found)}
 
         try:

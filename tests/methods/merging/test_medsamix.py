@@ -384,8 +384,8 @@ def test_a_search_from_the_first_changed_group_on_comes_to_the_same_trials():
 
     found = []
     for cached in (True, False):
-        task = SegmentationMerging(search=12, pictures=2, looks=("textured",), prefix_cache=cached)
-        method = MedSAMix(layer_granularity=2, n_trials=8, min_budget=4)
+        task = SegmentationMerging(search=24, pictures=1, looks=("textured",), prefix_cache=cached)
+        method = MedSAMix(layer_granularity=2, n_trials=7, min_budget=8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GratisWarning)
             with task.applied(task.subject(), method) as merged:
