@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gratis.contract.attach import Attachment, Scope
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
@@ -61,6 +61,36 @@ class LogitMixture(Attachable):
         limits=(
             "One forward pass and one cache per expert. Where one expert is better everywhere, the mean dilutes it: "
             "what is guaranteed is a loss that is not above the weighted mean of the experts'."
+        ),
+        claims=(
+            Claim(
+                name="a specialist of code and one of prose read both better together than the better one alone",
+                task="two-texts",
+                metric="both",
+                compare="difference",
+                parameters={"experts": ("zoo:glyphs-prose",)},
+                against="logit-mixture",
+                against_parameters={"experts": ("zoo:glyphs-prose",), "weights": (0.0, 1.0)},
+                at_most=-0.15,
+            ),
+            Claim(
+                name="on code the mixture stays close to the specialist of code",
+                task="two-texts",
+                metric="code",
+                compare="difference",
+                parameters={"experts": ("zoo:glyphs-prose",)},
+                at_most=0.3,
+            ),
+            Claim(
+                name="on prose the mixture stays close to the specialist of prose",
+                task="two-texts",
+                metric="prose",
+                compare="difference",
+                parameters={"experts": ("zoo:glyphs-prose",)},
+                against="logit-mixture",
+                against_parameters={"experts": ("zoo:glyphs-prose",), "weights": (0.0, 1.0)},
+                at_most=0.3,
+            ),
         ),
     )
 
@@ -203,7 +233,7 @@ class LogitMixture(Attachable):
         self.check(subject)
         if not self.experts:
             return self
-        ids = torch.as_tensor(tokenizer_of(subject)(text).input_ids) if isinstance(text, str) else text.flatten()
+        ids = torch.as_tensor(tokenizer_of(subject)(text, verbose=False).input_ids) if isinstance(text, str) else text.flatten()
         if len(ids) < 2:
             raise InputError("Weights are found from a text of at least 2 tokens.")
         models = [subject, *self._opened(subject)[0]]
