@@ -35,6 +35,7 @@ SEARCHES = (
     ("logit", "accuracy", 1), ("logit", "entropy", 1), ("logit", "accuracy", 0), ("logit", "entropy", 0),
     ("key", "accuracy", 2), ("key", "entropy", 2),
 )  # fmt: skip
+MEASURED = "tuned on {calibration} texts, measured on {test} others"
 READ, STEPS, ROUNDS = 512, 48, 5
 
 
@@ -58,27 +59,24 @@ def tuning(model: Any, data: str, form: str, calibration: int, test: int, device
         )
         with gratis.attach(model, found.method):
             after = scored()
-        means, plain = after.means(), before.means()
-        interval = paired_interval(after.accuracy, before.accuracy)
-        parsed = paired_interval(after.parsed_accuracy, before.parsed_accuracy)
+        search = {"data": data, "form": form, "mode": mode, "objective": objective, "level": level}
         row = {
-            "data": data, "form": form, "mode": mode, "objective": objective, "level": level,
+            **search,
             "scale": found.method.scale,
             "heads": "all" if found.method.heads is None else ", ".join(map(str, found.method.heads)),
             "calibration, before": round(found.baseline, 4),
             "calibration, after": round(found.curve[found.method.scale], 4),
-            **{f"{name}, {when}": round(values[name], 4) for name in ("accuracy", "parsed_accuracy", "valid", "entropy")
-               for when, values in (("before", plain), ("after", means))},
-            "accuracy, difference": list(map(rounded, interval)), "parsed_accuracy, difference": list(map(rounded, parsed)),
-            "calibration texts": calibration, "test texts": test,
-            "curve": {str(scale): round(value, 4) for scale, value in found.curve.items()},
-            "up": list(found.groups.get("up", ())), "down": list(found.groups.get("down", ())),
-        }  # fmt: skip
-        renew_rows("zero_tuning", "tuned on some texts, measured on others", [row], place, device)
-
-
-def rounded(value: float) -> float:
-    return round(value, 4)
+        }
+        for name in ("accuracy", "parsed_accuracy", "valid", "entropy"):
+            words = name.replace("_", " ")
+            low, high = paired_interval(getattr(after, name), getattr(before, name)) or (0.0, 0.0)
+            values = {when: getattr(scores, name) for when, scores in (("before", before), ("after", after))}
+            row |= {f"{words}, {when}": round(statistics.fmean(each), 4) for when, each in values.items()}
+            row[f"{words}, change"] = f"{low:+.3f} to {high:+.3f}"
+        renew_rows("zero_tuning", MEASURED.format(calibration=calibration, test=test), [row], place, device)
+        curve = {f"scale {scale}": round(value, 4) for scale, value in found.curve.items()}
+        groups = {f"heads, {name}": ", ".join(map(str, heads)) for name, heads in found.groups.items()}
+        renew_rows("zero_tuning", "objective along the scale", [{**search, **curve, **groups}], place, device)
 
 
 def place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -105,7 +103,6 @@ def attention(model: Any, device: str) -> None:
                 {
                     "first token": name, "scale": scale, "mean share": round(float(shares.mean()), 4),
                     "heads above a half, %": round(100 * float((shares > 0.5).double().mean()), 1),
-                    "by layer": [round(value, 3) for value in shares.mean(1).tolist()],
                 }
             )  # fmt: skip
     renew("zero_tuning", {"attention on the first token": rows}, device)

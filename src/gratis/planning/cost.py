@@ -211,7 +211,11 @@ class Attention:
     def __str__(self) -> str:
         if self.budget is None:
             return "dense"
-        return f"top {self.budget}" if self.block == 1 else f"{self.blocks} blocks of {self.block}"
+        return (
+            f"top {self.budget}"
+            if self.block == 1
+            else f"{self.blocks} block{'s' if self.blocks != 1 else ''} of {self.block}"
+        )
 
 
 @dataclass(frozen=True)

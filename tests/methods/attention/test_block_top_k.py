@@ -246,6 +246,49 @@ def test_it_stacks_with_zero_tuning(implementation):
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_computes_the_same(backend):
+    model, ids = tiny.tiny_language_model(), text(length=32)
+    torch.compiler.reset()
+    with gratis.attach(model, gratis.BlockTopK(**SETTINGS)) as handle:
+        expected = decoded(model, ids, prompt=24)
+        got = decoded(torch.compile(model, backend=backend), ids, prompt=24)
+        assert handle.report()["block-top-k"]["sparse_steps"] == 2 * 3 * 8
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.evidence
+@torch.no_grad()
+def test_a_model_compiled_with_inductor_computes_the_same():
+    model, ids = tiny.tiny_language_model(), text(length=32)
+    torch.compiler.reset()
+    with gratis.attach(model, gratis.BlockTopK(**SETTINGS)):
+        expected = decoded(model, ids, prompt=24)
+        torch.testing.assert_close(decoded(torch.compile(model), ids, prompt=24), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_session_goes_on_with_the_cache_of_the_call_before():
+    model, ids = tiny.tiny_language_model(), text(length=40)
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    with gratis.attach(model, gratis.BlockTopK(**SETTINGS)):
+        first = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, **options)
+        again = model.generate(
+            first.sequences, attention_mask=torch.ones_like(first.sequences), max_new_tokens=6,
+            past_key_values=first.past_key_values, **options,
+        )  # fmt: skip
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, **options)
+    assert torch.equal(again.sequences, whole.sequences)
+    assert again.past_key_values is first.past_key_values
+
+
+def test_attention_that_cannot_leave_keys_out_is_refused():
+    model = tiny.tiny_language_model()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(SubjectError, match="load the model with attention 'sdpa' or 'eager'"):
+        gratis.attach(model, gratis.BlockTopK(**SETTINGS))
+
+
 def test_refusals():
     with pytest.raises(ParameterError, match="blocks"):
         gratis.BlockTopK(blocks=0)
