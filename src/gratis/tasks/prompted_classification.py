@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 from typing import Any, Literal
@@ -168,6 +169,7 @@ def answer_tokens(model: Any, data: str) -> list[list[int]]:
     return found
 
 
+@functools.cache
 def _texts(data: str) -> list[list[str]]:
     """Per class all texts there are."""
     if data == "questions":
