@@ -32,8 +32,8 @@ from gratis.contract.catalogue import catalogue
 from gratis.contract.errors import GratisError
 from gratis.contract.method import Merge, MergePart
 from gratis.methods.merging.fisher import fisher_information
+from gratis.methods.merging.matrices import interference, is_matrix
 from gratis.methods.merging.reg_mean import gram_matrices
-from gratis.methods.merging.tsvm import interference, is_matrix
 from gratis.subjects import tokenizer_of
 from gratis.subjects.checkpoints import Checkpoint
 from gratis.subjects.embedded import embedded_folder

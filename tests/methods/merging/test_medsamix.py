@@ -378,6 +378,7 @@ def test_many_numbers_and_few_trials_warn():
         MedSAMix(layer_granularity=1, n_trials=3).search(base, models, nearness(models[0]), samples=30)
 
 
+@pytest.mark.evidence
 def test_a_search_from_the_first_changed_group_on_comes_to_the_same_trials():
     """Also what it scores: the plain score, bit for bit."""
     from gratis.tasks.segmentation_merging import SegmentationMerging

@@ -12,9 +12,9 @@ from gratis.contract.errors import InputError, ParameterError
 from gratis.contract.method import MergePart
 from gratis.methods.merging.della import sample, uniform
 from gratis.methods.merging.fisher import fisher_information
+from gratis.methods.merging.matrices import interference, orthonormal
 from gratis.methods.merging.r_tsvm import outlier_weights, shared_out
 from gratis.methods.merging.reg_mean import gram_matrices
-from gratis.methods.merging.tsvm import interference, orthonormal
 from gratis.subjects.merging import merge_state_dicts
 from tests.methods.merging.reference import trimmed
 from tests.methods.merging.test_merging import assert_close, floats, models

@@ -13,6 +13,8 @@ from torch import Tensor
 from gratis.contract.card import Card, Claim
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
+from gratis.methods.merging.matrices import weigh
+from gratis.methods.merging.tall_mask import needed, summed
 
 
 class Consensus(Merge):
@@ -51,16 +53,10 @@ class Consensus(Merge):
     scale: float = param(0.3, at_least=0, help="factor of the sum of task vectors (lambda)", search=(0.05, 1.5))
 
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
-        for expert, weight in zip(experts, part.weights, strict=True):
-            if weight != 1:
-                expert.mul_(weight)
-        total = torch.zeros_like(experts[0])
+        weigh(experts, part)
+        total = summed(experts)
+        count = torch.zeros_like(total)
         for expert in experts:
-            total.add_(expert)
-        needed = torch.zeros_like(total)
-        for expert in experts:
-            others = (total - expert).abs_().mul_(self.threshold)
-            # In floats: 1 where the difference is above 0.
-            needed.add_(expert.abs_().sub_(others).sign_().clamp_min_(0))
-        kept = needed.sub_(self.needed_by - 0.5).sign_().clamp_min_(0)
+            count.add_(needed(expert, total, self.threshold))
+        kept = count.sub_(self.needed_by - 0.5).sign_().clamp_min_(0)
         return total.mul_(kept).mul_(self.scale)

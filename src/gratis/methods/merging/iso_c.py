@@ -14,7 +14,7 @@ from torch import Tensor
 from gratis.contract.card import Card, Claim
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
-from gratis.methods.merging.tsvm import is_matrix, mean, weigh
+from gratis.methods.merging.matrices import EXCLUDED, EXCLUDED_HELP, is_matrix, mean, weigh, whole_matrices
 
 
 class IsoC(Merge):
@@ -44,13 +44,10 @@ class IsoC(Merge):
     )
 
     scale: float = param(1.0, at_least=0, help="factor of the merged change (lambda)", search=(0.3, 2.0))
-    exclude: tuple[str, ...] = param(
-        ("embed", "lm_head", r"\bwte\b", r"\bwpe\b", "text_projection"),
-        help="regular expressions of names of matrices that are merged by the mean",
-    )
+    exclude: tuple[str, ...] = param(EXCLUDED, help=EXCLUDED_HELP)
 
     def unit(self, tensor: str, shape: tuple[int, ...]) -> Literal["stretch", "tensor"]:
-        return "tensor" if is_matrix(tensor, shape, self.exclude) else "stretch"
+        return whole_matrices(tensor, shape, self.exclude)
 
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
         weigh(experts, part)

@@ -12,6 +12,7 @@ from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
+from gratis.methods.merging.matrices import weigh
 
 
 class TALLMask(Merge):
@@ -52,13 +53,20 @@ class TALLMask(Merge):
             raise InputError(f"TALLMask: task is {self.task}, but there are {count} experts, numbered from 0.")
 
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
-        for expert, weight in zip(experts, part.weights, strict=True):
-            if weight != 1:
-                expert.mul_(weight)
-        own = experts[self.task]
-        total = experts[0].clone()
-        for expert in experts[1:]:
-            total.add_(expert)
-        others = (total - own).abs_().mul_(self.threshold)
-        mask = own.abs().sub_(others).sign_().clamp_min_(0)
+        weigh(experts, part)
+        total = summed(experts)
+        mask = needed(experts[self.task], total, self.threshold)
         return total.mul_(mask).mul_(self.scale)
+
+
+def summed(experts: list[Tensor]) -> Tensor:
+    """The sum of the changes, which are left as they are."""
+    total = experts[0].clone()
+    for expert in experts[1:]:
+        total.add_(expert)
+    return total
+
+
+def needed(own: Tensor, total: Tensor, threshold: float) -> Tensor:
+    """1 where a task needs an entry, `|own| > threshold |total - own|`, else 0: floats are quicker than truth values."""
+    return own.abs().sub_((total - own).abs_().mul_(threshold)).sign_().clamp_min_(0)
