@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gratis.contract.catalogue import catalogue
+from gratis.contract.release import VERSION
 
 if TYPE_CHECKING:
     from gratis.contract.attach import Attachment, attach, attached
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from gratis.tasks.task import task_catalogue
     from gratis.trials import try_method, verify
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _PUBLIC = {
     "Attachment": "gratis.contract.attach",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import yaml
 
 from gratis.contract.errors import FileError
 from gratis.contract.method import Merge
+from gratis.contract.release import VERSION
 from gratis.subjects.checkpoints import PIPELINE, RECORD, Checkpoint
 
 CARRIED = (
@@ -125,5 +125,5 @@ def write_card(folder: Path, method: Merge, recipe: Mapping[str, Any]) -> None:
 
 def write_record(folder: Path, recipe: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
     """Write merge.json: the recipe, the version, and the SHA-256 of each file of weights."""
-    content = {"gratis": version("gratis"), "recipe": dict(recipe), "files": dict(checksums)}
+    content = {"gratis": VERSION, "recipe": dict(recipe), "files": dict(checksums)}
     (folder / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

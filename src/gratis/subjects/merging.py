@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from gratis.contract.errors import FileError, ParameterError
 from gratis.contract.method import Merge
+from gratis.contract.release import VERSION
 from gratis.subjects.checkpoint_writer import Writer, fingerprint, restore_replaced
 from gratis.subjects.checkpoints import DTYPES, TensorPlace, TensorSource
 from gratis.subjects.merge_engine import MergeProgress, Power, stream
@@ -249,7 +249,7 @@ def _plan(
     """What tells this merge from any other: method, parameters, layout, and the files it reads."""
     files = [[str(file) for file in source.files] for source in inputs.all]
     parts = [
-        version("gratis"), torch.__version__, repr(method), repr(list(rules)), repr(inputs.weights), str(dtype),
+        VERSION, torch.__version__, repr(method), repr(list(rules)), repr(inputs.weights), str(dtype),
         str(stretch), repr(inputs.vocabulary), repr(files), fingerprint([file for source in inputs.all for file in source.files]),
     ]  # fmt: skip
     return hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
