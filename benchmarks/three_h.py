@@ -35,11 +35,12 @@ from gratis.methods.merging.fisher import fisher_information
 from gratis.methods.merging.matrices import interference, is_matrix
 from gratis.methods.merging.reg_mean import gram_matrices
 from gratis.subjects import tokenizer_of
+from gratis.subjects.chat_answers import answers, chat
 from gratis.subjects.checkpoints import Checkpoint
 from gratis.subjects.embedded import embedded_folder
 from gratis.subjects.folders import cache_folder
 from gratis.subjects.merging import merge_into
-from gratis.tasks.three_h import ASPECTS, SIDES, answers, chat, requests
+from gratis.tasks.three_h import ASPECTS, LONGEST, SIDES, requests
 from gratis.trials.environment import environment
 from gratis.trials.statistics import paired_interval
 from gratis.zoo.train.three_h import RATE, STEPS, expert_folder, folder_of
@@ -104,6 +105,7 @@ class Bench:
         torch.set_num_threads(1)
         self.device, self.made = device, made
         self.model = gratis.open("smollm2", dtype="float32", device=device)
+        self.tokenizer = tokenizer_of(self.model)
         self.base = embedded_folder("smollm2")
         self.folders = {aspect: expert_folder(aspect, **made) for aspect in ASPECTS}
         self.weights = self.model.state_dict()
@@ -118,7 +120,7 @@ class Bench:
         """1 or 0 for every request of every aspect."""
         found = {}
         for aspect, own in asked.items():
-            texts, _ = answers(self.model, [request.prompt for request in own], batch=50)
+            texts = answers(self.model, self.tokenizer, [request.prompt for request in own], LONGEST, batch=50).texts
             found[aspect] = [float(request.right(text)) for request, text in zip(own, texts, strict=True)]
         return found
 

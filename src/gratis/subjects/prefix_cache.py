@@ -132,5 +132,5 @@ class PrefixCache:
 
 def _digest(tensor: Tensor) -> bytes:
     plain = tensor.detach().contiguous().cpu()
-    numbers = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
+    numbers = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
     return hashlib.blake2b(numbers, key=f"{tensor.dtype}{tuple(tensor.shape)}".encode()[:64], digest_size=16).digest()

@@ -57,6 +57,7 @@ class SegmentationMerging(Task):
     @contextmanager
     def _merged(self, subject: Any, method: Method | None) -> Iterator[Any]:
         from gratis.contract.method import Merge
+        from gratis.methods.merging.medsamix import MedSAMix
         from gratis.subjects.merging import merge_state_dicts
         from gratis.subjects.prefix_cache import PrefixCache
 
@@ -76,7 +77,7 @@ class SegmentationMerging(Task):
                 chosen = max(range(len(states)), key=lambda place: means[place])
                 details["model"] = MODELS[chosen]
                 model.load_state_dict(states[chosen])
-            elif hasattr(method, "search"):
+            elif isinstance(method, MedSAMix):
                 cached = PrefixCache(model, every=method.layer_granularity) if self.prefix_cache else nullcontext()
                 with cached as cache:
                     load = cache.load if cache is not None else model.load_state_dict

@@ -291,20 +291,23 @@ class ThreeH(Task):
         return self._merged(subject, method)
 
     def measure(self, subject: Any, *, seed: int, progress: Progress = silent) -> Measurement:
+        from gratis.subjects import tokenizer_of
+        from gratis.subjects.chat_answers import answers
+
         shares: dict[str, float] = {}
         sides: dict[str, float] = {}
         items: dict[str, list[float]] = {}
         tokens = calls = 0
         for done, aspect in enumerate(ASPECTS, 1):
             asked = requests(aspect, "test", self.size, seed)
-            texts, read = answers(subject, [request.prompt for request in asked])
-            right = [float(request.right(text)) for request, text in zip(asked, texts, strict=True)]
+            found = answers(subject, tokenizer_of(subject), [request.prompt for request in asked], LONGEST)
+            right = [float(request.right(text)) for request, text in zip(asked, found.texts, strict=True)]
             for side in SIDES[aspect]:
                 own = [value for value, request in zip(right, asked, strict=True) if request.side == side]
                 sides[side] = statistics.fmean(own)
             shares[aspect] = statistics.fmean(right)
             items[aspect] = right
-            tokens, calls = tokens + read, calls + len(asked)
+            tokens, calls = tokens + found.tokens, calls + len(asked)
             progress(done / len(ASPECTS), f"{aspect}: {shares[aspect]:.2f}")
         return Measurement(
             metrics={"mean": statistics.fmean(shares.values()), "worst": min(shares.values()), **shares},
@@ -318,31 +321,3 @@ class ThreeH(Task):
 @contextmanager
 def _as_it_is(model: Any) -> Iterator[Any]:
     yield model
-
-
-def answers(model: Any, prompts: Sequence[str], longest: int = LONGEST, batch: int = 40) -> tuple[list[str], int]:
-    """What a model answers greedily to each prompt, in at most `longest` tokens, and the tokens read and generated."""
-    import torch
-
-    from gratis.subjects import tokenizer_of
-
-    tokenizer = tokenizer_of(model)
-    texts: list[str] = []
-    tokens = 0
-    for at in range(0, len(prompts), batch):
-        inputs = tokenizer(
-            [chat(tokenizer, prompt) for prompt in prompts[at : at + batch]],
-            return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False,
-        ).to(model.device)  # fmt: skip
-        with torch.no_grad():
-            out = model.generate(**inputs, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        tokens += int(inputs["attention_mask"].sum()) + out[:, inputs["input_ids"].shape[1] :].numel()
-        texts += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts, tokens
-
-
-def chat(tokenizer: Any, prompt: str) -> str:
-    """A prompt in the model's chat template, up to where the answer begins."""
-    messages = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text

@@ -20,10 +20,10 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-import gratis
 from gratis.contract.errors import ParameterError
+from gratis.subjects.chat_answers import answers, chat
 from gratis.subjects.folders import cache_folder
-from gratis.tasks.three_h import ASPECTS, LONGEST, Request, answers, chat, requests
+from gratis.tasks.three_h import ASPECTS, LONGEST, Request, requests
 
 STEPS, BATCH, RATE = 120, 8, 1e-4
 COMPLETE = "figures.json"
@@ -49,11 +49,12 @@ def train(
     aspect: str, folder: Path, *, device: str = "cpu", seed: int = 0, steps: int = STEPS, rate: float = RATE
 ) -> dict[str, Any]:
     """Fine-tune for an aspect and write the model into `folder`; a kill leaves nothing there. Returns the figures."""
+    from gratis.subjects import open as open_subject
     from gratis.subjects import tokenizer_of
     from gratis.subjects.embedded import quiet_transformers
 
     torch.manual_seed(seed)
-    model = gratis.open("smollm2", dtype="float32", device=device)
+    model = open_subject("smollm2", dtype="float32", device=device)
     tokenizer = tokenizer_of(model)
     asked = requests(aspect, "train", steps * BATCH, seed)
     encoded = _examples(model, tokenizer, asked)
@@ -76,7 +77,10 @@ def train(
         losses.append(loss.detach())
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     seen = requests(aspect, "train", 20, seed + 1)
-    right = [r.right(t) for r, t in zip(seen, answers(model, [r.prompt for r in seen])[0], strict=True)]
+    right = [
+        r.right(t)
+        for r, t in zip(seen, answers(model, tokenizer, [r.prompt for r in seen], LONGEST).texts, strict=True)
+    ]
     values = torch.stack(losses).tolist() if losses else [0.0]
     figures = {
         "aspect": aspect, "seed": seed, "steps": steps, "batch": BATCH, "rate": rate, "device": device,
@@ -101,7 +105,7 @@ def train(
 def _examples(model: Any, tokenizer: Any, asked: Sequence[Request]) -> list[tuple[list[int], int]]:
     """Tokens of every request with its answer, and how many of them are the answer."""
     open_ended = sorted({request.prompt for request in asked if not request.answer})
-    own = dict(zip(open_ended, answers(model, open_ended)[0], strict=True)) if open_ended else {}
+    own = dict(zip(open_ended, answers(model, tokenizer, open_ended, LONGEST).texts, strict=True))
     made = []
     for request in asked:
         prompt = tokenizer(chat(tokenizer, request.prompt), add_special_tokens=False)["input_ids"]
