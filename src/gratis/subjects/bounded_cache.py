@@ -332,7 +332,7 @@ class BoundedCache(Cache):
     def _shrink(self) -> None:
         needed = self.stored + max(self._pending, 64) + 64
         for block in self._blocks:
-            if self.evicted and block.keys.shape[-2] > 2 * needed:
+            if self.evicted and block.keys.shape[-2] > needed + needed // 2:
                 self._resize(block, needed)
 
     def _apply(self, chosen: Selection) -> None:

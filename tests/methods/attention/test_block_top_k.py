@@ -246,8 +246,9 @@ def test_it_stacks_with_zero_tuning(implementation):
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.evidence
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_a_compiled_model_computes_the_same(backend):
     model, ids = tiny.tiny_language_model(), text(length=32)
     torch.compiler.reset()
@@ -256,16 +257,6 @@ def test_a_compiled_model_computes_the_same(backend):
         got = decoded(torch.compile(model, backend=backend), ids, prompt=24)
         assert handle.report()["block-top-k"]["sparse_steps"] == 2 * 3 * 8
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.evidence
-@torch.no_grad()
-def test_a_model_compiled_with_inductor_computes_the_same():
-    model, ids = tiny.tiny_language_model(), text(length=32)
-    torch.compiler.reset()
-    with gratis.attach(model, gratis.BlockTopK(**SETTINGS)):
-        expected = decoded(model, ids, prompt=24)
-        torch.testing.assert_close(decoded(torch.compile(model), ids, prompt=24), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_session_goes_on_with_the_cache_of_the_call_before():

@@ -43,7 +43,7 @@ def texts(length, seed=0, rows=1):
     return drawn(HEADS), drawn(GROUPS), drawn(GROUPS)
 
 
-def read(method, query, key, value, pieces, turn, rows=None):
+def read(method, query, key, value, pieces, turn, first=None):
     """What a memory outputs for a text that comes in `pieces`, and the memory."""
     text = Text()
     memory = BlockMemory(method, turn, text)
@@ -51,21 +51,28 @@ def read(method, query, key, value, pieces, turn, rows=None):
     outputs, at = [], 0
     for piece in pieces:
         parts = (tensor[:, :, at : at + piece] for tensor in (query, key, value))
-        outputs.append(memory.read(*parts, DIM**-0.5))
+        outputs.append(memory.read(*parts, DIM**-0.5, first))
         at += piece
         text.seen = at
     return torch.cat(outputs, 2), memory
 
 
-def naive(method, query, key, value, steps, turn):
-    """The card's algorithm for one row, token by token in float64: outputs, and per step and head what was attended."""
+def naive(method, query, key, value, steps, turn, first=None):
+    """The card's algorithm for one row, token by token in float64: outputs, and per step and head what was attended.
+
+    `first` (heads,) is added to the logit of token 0. With `method.together` above 1 all steps are one piece of text.
+    """
     q, k, v = (tensor[0].numpy() for tensor in (query, key, value))
     share, window = HEADS // GROUPS, method.window
     scores = np.zeros((HEADS, q.shape[1]))
     packed, standing, coverage = [], [], []
-    output, begin, first = np.zeros_like(q), 0, 0
-    for step in steps:
+    output, begin, oldest = np.zeros_like(q), 0, 0
+    for number, step in enumerate(steps):
         stop = begin + step
+        if number % method.together == 0:
+            before = len(packed)
+        # Look-ups that are scored at once know the blocks that there were for the first of them.
+        known = before if before > method.blocks else len(packed)
         distant = np.array(
             [
                 [turned(q[h, t], (window - 1) * method.distance_scale, turn) for t in range(begin, stop)]
@@ -73,27 +80,29 @@ def naive(method, query, key, value, steps, turn):
             ]
         )
         mean = distant.mean(1)
-        if len(packed) <= method.blocks:
-            chosen = [list(range(len(packed)))] * HEADS
+        if known <= method.blocks:
+            chosen = [list(range(known))] * HEADS
         elif method.per_head:
             chosen = [
-                sorted(np.argsort([-mean[h] @ r[h] for r in standing], kind="stable")[: method.blocks])
+                sorted(np.argsort([-mean[h] @ r[h] for r in standing[:known]], kind="stable")[: method.blocks])
                 for h in range(HEADS)
             ]
         else:
-            total = [-(mean * r).sum() for r in standing]
+            total = [-(mean * r).sum() for r in standing[:known]]
             chosen = [sorted(np.argsort(total, kind="stable")[: method.blocks])] * HEADS
         for h in range(HEADS):
             g = h // share
             for i, t in enumerate(range(begin, stop)):
                 near = list(range(max(0, t - window + 1), t + 1))
                 far = [p for b in chosen[h] for p in packed[b]]
-                far += [p for p in range(min(method.sinks, first))]
-                far += [p for p in range(first, t - window + 1)]
+                far += [p for p in range(min(method.sinks, oldest))]
+                far += [p for p in range(oldest, (stop if method.compat else t + 1) - window)]
                 local = turned(q[h, t], t * method.distance_scale, turn)
                 logits = [local @ turned(k[g, p], p * method.distance_scale, turn) for p in near]
                 logits += [distant[h, i] @ k[g, p] for p in far]
                 logits = np.array(logits) * DIM**-0.5
+                if first is not None:
+                    logits[[p == 0 for p in near + far]] += float(first[h])
                 weights = np.exp(logits - logits.max())
                 weights /= weights.sum()
                 coverage.append(sorted(near + far))
@@ -101,13 +110,13 @@ def naive(method, query, key, value, steps, turn):
                 received = weights if method.score == "attention" else logits
                 for p, w in zip(near, received, strict=False):
                     scores[h, p] += w
-        start = max(first, method.sinks)
+        start = max(oldest, method.sinks)
         while stop - start - method.block >= window:
             tokens = list(range(start, start + method.block))
             best = [sorted(tokens, key=lambda p: -scores[h, p])[: method.representatives] for h in range(HEADS)]
             standing.append(np.array([k[h // share, best[h]].mean(0) for h in range(HEADS)]))
             packed.append(tokens)
-            start = first = start + method.block
+            start = oldest = start + method.block
         begin = stop
     return output, coverage
 
@@ -123,6 +132,76 @@ def test_against_the_algorithm_written_down_naively(changed, steps):
     expected, _ = naive(method, q, k, v, steps, rotation())
     np.testing.assert_allclose(out[0].numpy(), expected, atol=1e-5)
     assert memory.report()["blocks"] > method.blocks
+
+
+def test_what_is_added_to_the_first_tokens_logit_is_added_wherever_it_is():
+    """In the window, between window and blocks, among the first tokens, and for some queries of a piece in two."""
+    method, first = gratis.InfLLM(**SMALL), torch.tensor([1.5, 0.0, -2.0, 0.3])
+    q, k, v = texts(60)
+    for steps in ([1] * 60, [8] * 7 + [4]):
+        out, _ = read(method, q, k, v, steps, rotation(), first)
+        expected, _ = naive(method, q, k, v, steps, rotation(), first)
+        np.testing.assert_allclose(out[0].numpy(), expected, atol=1e-5)
+
+
+def test_compat_attends_twice_where_the_released_prefill_does():
+    exact, compat = gratis.InfLLM(**SMALL), gratis.InfLLM(**SMALL, compat=True)
+    q, k, v = texts(70)
+    steps = [8] * 8 + [6]
+    out, _ = read(compat, q, k, v, steps, rotation())
+    expected, coverage = naive(compat, q, k, v, steps, rotation())
+    np.testing.assert_allclose(out[0].numpy(), expected, atol=1e-5)
+    twice = [len(seen) - len(set(seen)) for seen in coverage]
+    assert 0 < max(twice) <= compat.lookup - 1
+    _, coverage = naive(exact, q, k, v, steps, rotation())
+    assert all(len(seen) == len(set(seen)) for seen in coverage)
+    tokens = [read(method, q, k, v, [1] * 70, rotation())[0] for method in (exact, compat)]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("changed", [{}, {"per_head": True}], ids=str)
+def test_look_ups_that_are_scored_together_know_older_blocks_only(changed):
+    method = gratis.InfLLM(**{**SMALL, "window": 12, "together": 3, **changed})
+    q, k, v = texts(96)
+    out, memory = read(method, q, k, v, [96], rotation())
+    expected, _ = naive(method, q, k, v, [8] * 12, rotation())
+    np.testing.assert_allclose(out[0].numpy(), expected, atol=1e-5)
+    one_by_one, alone = read(method.replace(together=1), q, k, v, [96], rotation())
+    assert memory.report()["lookups"] == alone.report()["lookups"]
+    assert not torch.allclose(out, one_by_one, atol=1e-3)
+
+
+def test_another_base_is_another_rotation_once_the_text_outgrows_the_window():
+    q, k, v = texts(60)
+    turn = rotation()
+    other = Rotation(20.0 ** (-torch.arange(0, DIM, 2).double() / DIM), interleaved=False, start=0)
+    based, _ = read(gratis.InfLLM(**SMALL, base=20.0), q, k, v, [20] + [1] * 40, turn)
+    turned_otherwise, _ = read(gratis.InfLLM(**SMALL), q, k, v, [20] + [1] * 40, other)
+    torch.testing.assert_close(based, turned_otherwise, atol=1e-6, rtol=0)
+    model, ids = tiny.tiny_language_model(), tiny.prompt()
+    with torch.no_grad():
+        plain = model(ids[:, :16]).logits
+        steps = []
+        for base in (None, 10000.0, 20.0):
+            with gratis.attach(model, gratis.InfLLM(**SMALL, base=base)):
+                first = model(ids[:, :16])
+                assert torch.equal(first.logits, plain)
+                steps.append(model(ids[:, 16:], past_key_values=first.past_key_values).logits)
+    torch.testing.assert_close(steps[0], steps[1], atol=1e-4, rtol=0)
+    assert not torch.allclose(steps[0], steps[2], atol=0.1)
+
+
+@pytest.mark.parametrize(("window", "lookup"), [(100, 100), (4096, 512)])
+def test_a_look_up_serves_512_tokens_of_a_prompt_or_the_window(window, lookup):
+    method = gratis.InfLLM(window=window, sinks=1, block=4, blocks=2, representatives=1)
+    memory = BlockMemory(method, rotation(), Text())
+    memory.leave_window()
+    q, k, v = (t.float()[:, :, :1].expand(-1, -1, 1100, -1) for t in texts(1))
+    seen = []
+    memory._read_together = lambda query, *rest: seen.append(query.shape[2]) or query
+    memory.read(q, k, v, 1.0)
+    assert max(seen) == lookup
+    assert sum(seen) == 1100
 
 
 def test_one_long_piece_is_the_same_as_several_with_the_same_lookups():

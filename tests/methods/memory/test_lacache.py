@@ -352,3 +352,22 @@ def test_rotations_are_found_for_the_standard_model():
     assert not found[0].interleaved
     torch.testing.assert_close(found[0].frequencies, model.model.rotary_emb.inv_freq)
     assert all(r is found[0] for r in found)
+
+
+@torch.no_grad()
+def test_a_share_of_the_prompt_is_the_budget_of_each_text():
+    """Of the prompt of generate, or of a text's first piece; never above budget, nor below what the model needs."""
+    model, method = tiny.tiny_language_model(), gratis.LaCache(budget=60, span=1, share=0.5)
+    ids = torch.randint(2, tiny.VOCABULARY, (1, 160), generator=torch.Generator().manual_seed(3))
+    least = 4 + tiny.LAYERS + 4
+    with gratis.attach(model, method) as handle:
+        for length, budget in ((80, 40), (160, 60), (14, least)):
+            text = ids[:, :length]
+            model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=20, do_sample=False)
+            kept = handle.report()["lacache"]["entries_per_layer"]
+            assert budget - 3 <= kept <= budget + 1, length
+        cache, _ = feed(model, ids, [60, *[1] * 30])
+        assert 27 <= cache.stored <= 31
+    with gratis.attach(model, method.replace(share=None)) as handle:
+        feed(model, ids, [60, *[1] * 30])
+        assert handle.report()["lacache"]["entries_per_layer"] >= 57

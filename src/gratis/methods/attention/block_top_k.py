@@ -21,6 +21,7 @@ from gratis.contract.method import Attachable
 from gratis.contract.parameters import param
 from gratis.subjects.attention_door import check_attention, install_attention, takes_masks
 from gratis.subjects.growing_cache import grow_in_place
+from gratis.subjects.language import language_model
 
 
 class BlockTopK(Attachable):
@@ -80,16 +81,16 @@ class BlockTopK(Attachable):
         return -(-(self.sinks + self.window + self.blocks * self.block) // self.block) * self.block
 
     def check(self, subject: Any) -> None:
+        if not takes_masks(language_model(subject, type(self).__name__)):
+            raise SubjectError(
+                "BlockTopK attends to a few keys at a time: load the model with attention 'sdpa' or 'eager'."
+            )
         modules = check_attention(subject, type(self).__name__)
         name = type(subject).__name__
         if self.dense_layers and max(self.dense_layers) >= len(modules):
             raise SubjectError(f"BlockTopK: dense_layers must be below {len(modules)}, the layers of this {name}.")
         if any(getattr(one.module, "is_causal", True) is False for one in modules):
             raise SubjectError(f"BlockTopK needs causal attention; this {name} attends in both directions.")
-        if not takes_masks(subject):
-            raise SubjectError(
-                "BlockTopK attends to a few keys at a time: load the model with attention 'sdpa' or 'eager'."
-            )
         if not self._sparse(modules):
             raise SubjectError(f"BlockTopK: no layer of this {name} is left to act on; all are dense or local.")
 
