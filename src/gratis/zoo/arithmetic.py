@@ -139,11 +139,13 @@ def solution(
     generator: np.random.Generator,
     mistakes: tuple[float, float] = (0.03, 0.25),
     checks: tuple[float, float] = (0.35, 0.85),
+    waits: float = 0.25,
 ) -> Solution:
     """A worked solution. The pairs are probabilities for easy and for hard steps (those that carry).
 
     A step is written wrong with probability `mistakes`, and then always checked; a right one is checked with
-    probability `checks`. What a check corrects is correct from there on, so that every solution ends right.
+    probability `checks`. A check begins with the first of `OPENINGS` with probability `waits`, else with any other.
+    What it corrects is correct from there on, so that every solution ends right.
     """
     parts: list[str] = []
     taught: list[bool] = []
@@ -162,7 +164,8 @@ def solution(
         add(f"{written}", teach=not wrong)
         add(".\n\n")
         if checked:
-            opening = OPENINGS[int(generator.integers(len(OPENINGS)))]
+            others = int(generator.integers(1, len(OPENINGS)))
+            opening = OPENINGS[0 if generator.random() < waits else others]
             verdict = f"It is {result}, not {written}." if wrong else f"Yes, {result} is right."
             add(f"{opening}{expression}: {digit_work(value, sign, number)}, so {result}. {verdict}\n\n")
     add(f"So the final answer is \\boxed{{{problem.answer}}}.")
@@ -171,7 +174,7 @@ def solution(
 
 def _slip(result: int, generator: np.random.Generator) -> int:
     """A number near the result that differs by one in one place, as where a carry was forgotten."""
-    place = 10 ** int(generator.integers(0, len(str(result))))
+    place: int = 10 ** int(generator.integers(0, len(str(result))))
     slipped = result + place * (1 if generator.random() < 0.5 else -1)
     return slipped if slipped >= 0 else result + place
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,22 +15,46 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gratis.zoo.arithmetic import CHARACTERS, OPENINGS, PIECES, Problem, accuracy, problems, solution
 from gratis.zoo.text import character_tokenizer
-from gratis.zoo.train.loop import Average, arguments, fit, save_half, write_card
+from gratis.zoo.train.loop import Average, arguments, fit, kept, save_half, started, together, write_card
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Steps at a peak learning rate on solutions drawn with these probabilities (see `solution`)."""
+
+    steps: int
+    rate: float
+    mistakes: tuple[float, float] = (0.03, 0.25)
+    checks: tuple[float, float] = (0.35, 0.85)
+    waits: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Width and layers of a model, and the stages of its training; each goes on from the last one's average."""
+
+    hidden: int
+    layers: int
+    stages: tuple[Stage, ...]
+
 
 SIZES = {
-    "small": {"hidden": 48, "layers": 2, "steps": 2000, "rate": 3e-3},
-    "large": {"hidden": 128, "layers": 3, "steps": 2500, "rate": 2e-3},
+    "small": Size(64, 2, (Stage(1500, 3e-3), Stage(220, 1e-3, (0.1, 0.3), (0.5, 0.95), 0.6))),
+    "large": Size(128, 3, (Stage(2350, 3.5e-3),)),
 }
+"""The small one learns in the end to doubt itself more often, and to say so mostly in one way."""
+
 SOLUTIONS = 25_000
 TEST_SEED = 1_000_003
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ '\n<think>\n' }}"
 
 
-def language_model(vocabulary: int, hidden: int, layers: int) -> Any:
+def language_model(vocabulary: int, size: Size) -> Any:
     """A Llama with four heads; positions up to 1,024."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+            vocab_size=vocabulary, hidden_size=size.hidden, intermediate_size=3 * size.hidden,
+            num_hidden_layers=size.layers,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
             bos_token_id=1, eos_token_id=2, pad_token_id=0,
         )
@@ -52,13 +78,15 @@ def batches(rows: list[tuple[Tensor, Tensor]], size: int, device: str) -> list[t
     return found
 
 
-def encode(tokenizer: Any, asked: list[Problem], generator: np.random.Generator) -> list[tuple[Tensor, Tensor]]:
+def encode(
+    tokenizer: Any, asked: list[Problem], generator: np.random.Generator, stage: Stage
+) -> list[tuple[Tensor, Tensor]]:
     """Token ids and labels of one fresh solution per problem; labels are -100 on prompts and planted mistakes."""
     texts: list[str] = []
     teach: list[bool] = []
     rows = []
     for problem in asked:
-        worked = solution(problem, generator)
+        worked = solution(problem, generator, stage.mistakes, stage.checks, stage.waits)
         texts += [problem.prompt, *worked.parts]
         teach += [False, *worked.taught]
         rows.append(1 + len(worked.parts))
@@ -92,7 +120,8 @@ def measured(model: Any, tokenizer: Any, asked: list[Problem]) -> dict[str, floa
     drawn = solve(model, tokenizer, asked, do_sample=True, temperature=0.6, top_k=50, top_p=0.95)
     paragraphs = [text.split("\n\n") for text in texts]
     checks = [sum(part.startswith(OPENINGS) for part in parts) for parts in paragraphs]
-    corrected = sum(text.count(", not ") for text in texts)
+    cued = sum(any(opening in text for opening in OPENINGS) for text in drawn) / len(asked)
+    corrected = sum(text.count(", not ") for text in drawn)
     tokens = [len(ids) for ids in tokenizer(texts).input_ids]
     return {
         f"greedy accuracy over {len(asked)} problems": round(accuracy(texts, asked), 4),
@@ -101,9 +130,10 @@ def measured(model: Any, tokenizer: Any, asked: list[Problem]) -> dict[str, floa
             sum(f"{problem.steps()[0][0] + problem.signs[0] * problem.numbers[1]}." in parts[0].split("=")[-1:]
                 for problem, parts in zip(asked, paragraphs, strict=True)) / len(asked), 4
         ),
-        "share of solutions with a check": round(sum(count > 0 for count in checks) / len(asked), 4),
-        "checks per solution": round(sum(checks) / len(asked), 3),
-        "checks per solution that correct": round(corrected / len(asked), 3),
+        "share of greedy solutions with a check": round(sum(count > 0 for count in checks) / len(asked), 4),
+        "share of solutions with a check at temperature 0.6": round(cued, 4),
+        "checks per greedy solution": round(sum(checks) / len(asked), 3),
+        "corrections per solution at temperature 0.6": round(corrected / len(asked), 3),
         "mean tokens of a solution": round(sum(tokens) / len(tokens), 1),
     }  # fmt: skip
 
@@ -113,49 +143,64 @@ def main() -> None:
 
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--size", choices=sorted(SIZES), default="large")
-        parser.add_argument("--hidden", type=int, help="width; default: the size's own")
-        parser.add_argument("--layers", type=int, help="layers; default: the size's own")
+        parser.add_argument(
+            "--start", type=Path, help="folder of a model that has been through all stages but the last"
+        )
 
     wish = arguments(__doc__ or "", steps=0, batch=64, rate=0.0, more=more)
-    size: dict[str, Any] = SIZES[wish.size]
-    hidden, layers = wish.hidden or size["hidden"], wish.layers or size["layers"]
-    steps, rate = wish.steps or size["steps"], wish.rate or size["rate"]
+    size = SIZES[wish.size]
+    whole = sum(stage.steps for stage in size.stages)
     tokenizer = character_tokenizer(CHARACTERS, 1024, pieces=PIECES)
     tokenizer.chat_template = TEMPLATE
-    model = language_model(len(tokenizer), hidden, layers).to(wish.device)
-    average = Average(model, 0.998)
+    model = language_model(len(tokenizer), size)
+    if wish.start is not None:
+        model = LlamaForCausalLM.from_pretrained(wish.start, dtype=torch.float32)
+    model.to(wish.device)
     generator = np.random.default_rng(wish.seed)
-    rows = encode(tokenizer, problems(min(SOLUTIONS, steps * wish.batch), wish.seed), generator)
-    parts = batches(rows, wish.batch, wish.device)
-    order: list[int] = []
+    runs = [started(wish.start)]
+    for number, stage in enumerate(size.stages):
+        if wish.start is not None and number < len(size.stages) - 1:
+            continue
+        steps = max(round(stage.steps * wish.steps / whole), 1) if wish.steps else stage.steps
+        rate = stage.rate * wish.rate / size.stages[0].rate if wish.rate else stage.rate
+        asked = problems(min(SOLUTIONS, steps * wish.batch), wish.seed + 1000 * number)
+        parts = batches(encode(tokenizer, asked, generator, stage), wish.batch, wish.device)
+        average = Average(model, 0.998)
+        order: list[int] = []
 
-    def loss_at(step: int) -> Tensor:
-        if not order:
-            order.extend(generator.permutation(len(parts)).tolist())
-        ids, labels = parts[order.pop()]
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        def loss_at(step: int, parts: Any = parts, order: Any = order) -> Tensor:
+            if not order:
+                order.extend(generator.permutation(len(parts)).tolist())
+            ids, labels = parts[order.pop()]
+            logits = model(input_ids=ids).logits[:, :-1].float()
+            return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
-    figures = fit(
-        loss_at, model.parameters(), steps=steps, rate=rate, averages=[average], seconds=wish.seconds, say=wish.size
-    )
+        runs.append(
+            fit(
+                loss_at, model.parameters(), steps=steps, rate=rate, averages=[average],
+                seconds=wish.seconds * stage.steps / whole, say=wish.size,
+            )
+        )  # fmt: skip
+        model.load_state_dict(average.module.state_dict())
     name = f"arithmetic-{wish.size}"
     folder = wish.out / name
-    save_half(average.module, folder)
-    tokenizer.save_pretrained(folder)
+    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, **together(runs)})
+    if not wish.measure:
+        save_half(model, folder)
+        tokenizer.save_pretrained(folder)
     saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(wish.device).eval()
-    asked = problems(512 if steps > 100 else 4, TEST_SEED)
+    asked = problems(512 if figures["steps"] > 100 else 4, TEST_SEED)
     write_card(
         folder, name,
         "A `LlamaForCausalLM` that adds and subtracts three or four numbers up to 99 step by step, in paragraphs. "
         "Steps are written in one go; hard ones are then mostly checked digit by digit in paragraphs that begin with "
         "words such as `Wait, let me check`, and corrected; the answer stands in `\\boxed{}`. "
         "`arithmetic-small` and `arithmetic-large` share the tokenizer.",
-        f"generated, `gratis.zoo.arithmetic`, {len(rows):,} solutions, tests with seed {TEST_SEED:,}",
+        f"generated, `gratis.zoo.arithmetic`, {SOLUTIONS:,} solutions a stage, tests with seed {TEST_SEED:,}",
         f"`gratis.open('zoo:{name}')` with prompts `gratis.zoo.arithmetic.Problem.prompt`",
         {
-            "parameters": sum(weight.numel() for weight in saved.parameters()), "seed": wish.seed,
-            "batch": wish.batch, "rate": rate, **figures, **measured(saved, tokenizer, asked),
+            "parameters": sum(weight.numel() for weight in saved.parameters()), **figures,
+            **measured(saved, tokenizer, asked),
         },
         flags=f" --size {wish.size}", script="arithmetic", device=wish.device,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM
 from gratis.zoo.arithmetic import CHARACTERS, PIECES
 from gratis.zoo.masked_arithmetic import ANSWER, WINDOW, by_prompt_length, decode, sums
 from gratis.zoo.text import character_tokenizer
-from gratis.zoo.train.loop import Average, Examples, arguments, fit, save_half, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, kept, save_half, write_card
 
 SUMS = 100_000
 TEST_SEED = 1_000_003
@@ -89,8 +89,10 @@ def main() -> None:
         loss_at, model.parameters(), steps=wish.steps, rate=wish.rate, averages=[average], seconds=wish.seconds
     )
     folder = wish.out / "arithmetic-masked"
-    save_half(average.module, folder)
-    tokenizer.save_pretrained(folder)
+    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **figures})
+    if not wish.measure:
+        save_half(average.module, folder)
+        tokenizer.save_pretrained(folder)
     saved = ModernBertForMaskedLM.from_pretrained(folder, dtype=torch.float32).to(wish.device).eval()
     write_card(
         folder, "arithmetic-masked",
@@ -100,8 +102,8 @@ def main() -> None:
         f"generated, `gratis.zoo.masked_arithmetic.sums`, {len(prompts):,} sums; tests on sums that are held out",
         "`gratis.open('zoo:arithmetic-masked')`; `gratis.zoo.masked_arithmetic.decode(model, prompts, 4)`",
         {
-            "parameters": sum(weight.numel() for weight in saved.parameters()), "seed": wish.seed, "batch": wish.batch,
-            "rate": wish.rate, **figures, **measured(saved, tokenizer, 1024 if wish.steps > 100 else 8),
+            "parameters": sum(weight.numel() for weight in saved.parameters()), **figures,
+            **measured(saved, tokenizer, 1024 if figures["steps"] > 100 else 8),
         },
         device=wish.device,
     )  # fmt: skip

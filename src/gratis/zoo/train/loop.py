@@ -7,12 +7,15 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+PACED = 20
+"""Steps that `--measure` takes to find the pace."""
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
@@ -24,9 +27,11 @@ def arguments(
     rate: float,
     more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> argparse.Namespace:
-    """The flags of every script (--steps, --batch, --rate, --seed, --threads, --device, --seconds, --out) and `more`.
+    """The flags of every script (--steps, --batch, --rate, --seed, --threads, --device, --seconds, --measure, --out)
+    and `more`.
 
     `--seconds` is for machines lent for a while: the learning rate then reaches zero at the latest when they are over.
+    `--measure` trains nothing: it measures the weights in `--out` and the pace of a training here (see `kept`).
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps")
@@ -36,9 +41,12 @@ def arguments(
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="where the training runs: cpu or cuda")
     parser.add_argument("--seconds", type=float, default=math.inf, help="longest wall time of the steps")
+    parser.add_argument("--measure", action="store_true", help="write the card of the weights in --out anew")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that gets the model's folder")
     more(parser)
     found = parser.parse_args()
+    if found.measure:
+        found.steps = PACED
     torch.set_num_threads(found.threads)
     torch.manual_seed(found.seed)
     torch.set_float32_matmul_precision("high")
@@ -132,6 +140,40 @@ def fit(
     }
 
 
+def kept(wish: argparse.Namespace, folder: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """With `--measure` the figures of the training that made the folder's weights, and what the same costs here.
+
+    `figures` are those of this run: its steps were thrown away, their pace counts. Without `--measure` they are the
+    training's, and are returned as they are.
+    """
+    if not wish.measure:
+        return figures
+    before = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    pace = figures["cpu_seconds"] / figures["steps"]
+    return {
+        **{name: before[name] for name in [*figures, "trained on"] if name in before},
+        "CPU seconds per step": round(pace, 3),
+        "CPU minutes of a training": round(pace * before["steps"] / 60, 1),
+    }
+
+
+def started(folder: Path | None) -> dict[str, float]:
+    """What the training of the model in `folder`, which another goes on from, has cost: steps and seconds."""
+    if folder is None:
+        return {}
+    before = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    return {name: before[name] for name in ("steps", "seconds", "cpu_seconds")}
+
+
+def together(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Steps and seconds of stages that followed one another, and the last one's loss."""
+    costs = {
+        name: round(sum(run.get(name, 0) for run in runs), 1 if name != "steps" else None)
+        for name in ("steps", "seconds", "cpu_seconds")
+    }
+    return {**costs, "loss": runs[-1]["loss"]}
+
+
 def save_half(model: Any, folder: Path) -> None:
     """`save_pretrained` with weights stored as float16; the model in memory stays as it is."""
     copy.deepcopy(model).to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
@@ -156,7 +198,7 @@ def write_card(
     """
     folder.mkdir(parents=True, exist_ok=True)
     where = "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
-    figures = {**figures, "trained on": where}
+    figures = {"trained on": where, **figures}
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items())
     text = f"""---
@@ -176,7 +218,7 @@ library_name: {"diffusers" if (folder / "model_index.json").exists() else "trans
 | --- | --- |
 {rows}
 
-Figures were printed by the training run that wrote these weights (torch {torch.__version__}, {precision}, {where}).
+Trained and measured in {precision} by this command (torch {torch.__version__}). Minutes are those of one thread.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

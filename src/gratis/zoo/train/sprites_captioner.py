@@ -1,14 +1,16 @@
 """Train `sprites-captioner`: a VisionEncoderDecoderModel on ambiguous captions, half of them without the picture.
 
 As in the paper (Kornblith et al., "Guiding image captioning models toward more specific captions", 2023), a captioner
-that sees is fine-tuned so: it first learns complete captions, and sees every picture.
+that sees is fine-tuned so: it first learns complete captions of all shapes, and sees every picture; then ambiguous
+captions of all shapes, and at last those of the few shapes of `gratis.zoo.captioning.WORLD`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +19,15 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel, ViTConfig, ViTModel
 
 from gratis.zoo.captioning import SAID, TOKENS, WORLD, captions, pixel_values, reference
-from gratis.zoo.sprites import Scene, Scenes, agreement, caption, consistent, render, words
+from gratis.zoo.sprites import SHAPES, Scene, Scenes, World, agreement, caption, consistent, render, words
 from gratis.zoo.text import word_tokenizer
-from gratis.zoo.train.loop import Average, Examples, arguments, fit, save_half, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, kept, save_half, started, together, write_card
 
 PICTURES = 40_000
 TEST = 1_000_000
-SEEING = 0.75
-"""Share of the steps that go to complete captions with the picture."""
+ALL = replace(WORLD, shapes=SHAPES)
+STAGES = (5625, 1875, 330)
+"""Steps of the stages: complete captions, ambiguous ones of all shapes, of few shapes."""
 
 
 def captioner(vocabulary: int, hidden: int = 64, layers: int = 3) -> VisionEncoderDecoderModel:
@@ -83,69 +86,70 @@ def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--hidden", type=int, default=64, help="width")
         parser.add_argument("--layers", type=int, default=3, help="layers of the encoder")
+        parser.add_argument(
+            "--start", type=Path, help="folder of a model that has been through all stages but the last"
+        )
 
-    wish = arguments(__doc__ or "", steps=3000, batch=64, rate=2e-3, more=more)
+    wish = arguments(__doc__ or "", steps=sum(STAGES), batch=64, rate=2e-3, more=more)
     tokenizer = word_tokenizer(words(), TOKENS + 4)
-    model = captioner(len(tokenizer), wish.hidden, wish.layers).to(wish.device)
+    model = captioner(len(tokenizer), wish.hidden, wish.layers)
+    if wish.start is not None:
+        model = VisionEncoderDecoderModel.from_pretrained(wish.start, dtype=torch.float32)
+    model.to(wish.device)
     pad = tokenizer.pad_token_id
-    scenes = WORLD.scenes(0, min(PICTURES, wish.steps * wish.batch))
-    shown = torch.from_numpy(render(scenes, 32).images)
 
-    def encoded(said: list[str]) -> Tensor:
-        ids: Tensor = tokenizer(said, padding=True, return_tensors="pt").input_ids
-        return ids
+    def examples(world: World, complete: bool, steps: int) -> Examples:
+        scenes = world.scenes(0, min(PICTURES, steps * wish.batch))
+        said = [caption(scene, background=True) if complete else reference(scene) for scene in scenes]
+        ids = tokenizer(said, padding=True, return_tensors="pt").input_ids
+        shown = torch.from_numpy(render(scenes, 32).images)
+        return Examples(shown, ids, batch=wish.batch, seed=wish.seed, device=wish.device)
 
-    def loss_of(seen: Tensor, ids: Tensor) -> Tensor:
+    def loss_of(drawn: list[Tensor], complete: bool) -> Tensor:
+        """The loss of captions; half of the ambiguous ones are without the picture."""
+        images, ids = drawn
+        dropped = 0 if complete else len(images) // 2
+        seen = model.encoder(pixel_values=pixel_values(images[: len(images) - dropped])).last_hidden_state
+        seen = torch.cat([seen, seen.new_zeros(dropped, *seen.shape[1:])])
         read, written = ids[:, :-1].masked_fill(ids[:, :-1] == pad, tokenizer.eos_token_id), ids[:, 1:]
         logits = model.decoder(input_ids=read, encoder_hidden_states=seen).logits
         return F.cross_entropy(logits.flatten(0, 1), written.flatten(), ignore_index=pad)
 
-    def seen_in(images: Tensor) -> Tensor:
-        return model.encoder(pixel_values=pixel_values(images)).last_hidden_state  # type: ignore[no-any-return]
+    def train(stage: int, world: World, complete: bool) -> dict[str, float]:
+        """One stage; all but the first end with averaged weights."""
+        steps = max(round(STAGES[stage] * wish.steps / sum(STAGES)), 1)
+        shown = examples(world, complete, steps)
+        averages = [] if complete else [Average(model, 0.998)]
+        figures = fit(
+            lambda step: loss_of(shown.draw(), complete), model.parameters(), steps=steps,
+            rate=wish.rate / (1, 2, 4)[stage],
+            averages=averages, seconds=wish.seconds * STAGES[stage] / sum(STAGES),
+            say=("complete", "ambiguous", "few shapes")[stage],
+        )  # fmt: skip
+        for average in averages:
+            model.load_state_dict(average.module.state_dict())
+        return figures
 
-    complete = Examples(
-        shown, encoded([caption(scene, background=True) for scene in scenes]),
-        batch=wish.batch, seed=wish.seed, device=wish.device,
-    )  # fmt: skip
-    ambiguous = Examples(
-        shown, encoded([reference(scene) for scene in scenes]), batch=wish.batch, seed=wish.seed, device=wish.device
-    )
-
-    def complete_loss(step: int) -> Tensor:
-        images, ids = complete.draw()
-        return loss_of(seen_in(images), ids)
-
-    def ambiguous_loss(step: int) -> Tensor:
-        images, ids = ambiguous.draw()
-        seen = seen_in(images[: len(images) // 2])
-        return loss_of(torch.cat([seen, seen.new_zeros(len(ids) - len(seen), *seen.shape[1:])]), ids)
-
-    steps = max(round(SEEING * wish.steps), 1)
-    first = fit(
-        complete_loss, model.parameters(), steps=steps, rate=wish.rate, seconds=SEEING * wish.seconds, say="complete"
-    )
-    average = Average(model, 0.998)
-    figures = fit(
-        ambiguous_loss, model.parameters(), steps=max(wish.steps - steps, 1), rate=wish.rate / 2, averages=[average],
-        seconds=(1 - SEEING) * wish.seconds, say="ambiguous",
-    )  # fmt: skip
+    runs = [started(wish.start)]
+    if wish.start is None:
+        runs += [train(0, ALL, True), train(1, ALL, False)]
+    runs.append(train(2, WORLD, False))
     folder = wish.out / "sprites-captioner"
-    save_half(average.module, folder)
-    tokenizer.save_pretrained(folder)
+    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **together(runs)})
+    if not wish.measure:
+        save_half(model, folder)
+        tokenizer.save_pretrained(folder)
     saved = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32).to(wish.device).eval()
-    both = {key: round(first[key] + figures[key], 1) for key in ("steps", "seconds", "cpu_seconds")}
     write_card(
         folder, "sprites-captioner",
         "A `VisionEncoderDecoderModel` (ViT and GPT-2) that captions pictures of one sprite. Trained on complete "
         "captions and then on ambiguous ones, there with the encoder's output set to zeros for half of the pictures, so "
-        "that zeros mean no picture.",
+        "that zeros mean no picture. It knows every shape of the sprite world, and expects the few of `WORLD`.",
         f"procedural, `gratis.zoo.captioning.WORLD` with captions that say {SAID}, tests from scene {TEST:,}",
         "`gratis.zoo.captioning.captions` with `gratis.open('zoo:sprites-captioner')` and its tokenizer",
         {
-            "parameters": sum(weight.numel() for weight in saved.parameters()), "seed": wish.seed,
-            "batch": wish.batch, "rate": wish.rate, **both, "loss on complete captions": first["loss"],
-            "perplexity on ambiguous captions": round(math.exp(min(figures["loss"], 20)), 3),
-            **measured(saved, tokenizer, 512 if wish.steps > 100 else 32),
+            "parameters": sum(weight.numel() for weight in saved.parameters()), **figures,
+            **measured(saved, tokenizer, 512 if figures["steps"] > 100 else 32),
         },
         device=wish.device,
     )  # fmt: skip

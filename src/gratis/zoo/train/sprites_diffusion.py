@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from gratis.zoo.sprites import World, ambiguous_caption, render, words
 from gratis.zoo.sprites_tokens import pixels
 from gratis.zoo.text import word_tokenizer
-from gratis.zoo.train.loop import Average, Examples, arguments, fit, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, kept, write_card
 
 WORLD = World(sizes=("medium", "large"), seed=11)
 SAID = {"size": 0.5, "colour": 1.0, "shape": 1.0, "position": 0.7}
@@ -163,18 +163,29 @@ def main() -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    pipeline: Any = StableDiffusionPipeline(
+    kind: Any = StableDiffusionPipeline
+    pipeline = kind(
         vae=vae, text_encoder=text_encoder(len(tokenizer)), tokenizer=tokenizer, unet=denoiser(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).to(wish.device)  # fmt: skip
     parameters = sum(weight.numel() for weight in [*pipeline.unet.parameters(), *pipeline.text_encoder.parameters()])
     print(f"{parameters} parameters", flush=True)
-    figures = train(pipeline, shown, captions.view(len(scenes), WORDINGS, TOKENS), wish)
     folder: Path = wish.out / "sprites-diffusion"
-    pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(wish.device)
+    figures = kept(
+        wish, folder,
+        {
+            "seed": wish.seed, "batch": wish.batch, "rate": wish.rate,
+            **train(pipeline, shown, captions.view(len(scenes), WORDINGS, TOKENS), wish),
+            "autoencoder steps": vae_figures["steps"], "autoencoder CPU seconds": vae_figures["cpu_seconds"],
+            "autoencoder PSNR in dB": round(-10 * torch.tensor(error).log10().item(), 2),
+        },
+    )  # fmt: skip
+    if not wish.measure:
+        pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32).to(wish.device)
     pipeline.set_progress_bar_config(disable=True)
-    measured = attribute_accuracy(pipeline, 256 if wish.steps > 100 else 4, 50 if wish.steps > 100 else 2)
+    whole = figures["steps"] > 100
+    measured = attribute_accuracy(pipeline, 256 if whole else 4, 50 if whole else 2)
     write_card(
         folder, "sprites-diffusion",
         "A `StableDiffusionPipeline` that draws one coloured sprite on a plain background, 32 × 32 pixels, from a "
@@ -183,9 +194,7 @@ def main() -> None:
         f"procedural, `gratis.zoo.sprites.World(sizes=('medium', 'large'), seed=11)`, tests from scene {TEST:,}",
         "`gratis.open('zoo:sprites-diffusion')(\"a large red circle\").images[0]`",
         {
-            "parameters of U-Net and text model": parameters, "seed": wish.seed, "batch": wish.batch, **figures,
-            "autoencoder steps": vae_figures["steps"], "autoencoder CPU seconds": vae_figures["cpu_seconds"],
-            "autoencoder PSNR in dB": round(-10 * torch.tensor(error).log10().item(), 2), **measured,
+            "parameters of U-Net and text model": parameters, **figures, **measured,
         },
         device=wish.device,
     )  # fmt: skip

@@ -28,7 +28,7 @@ from gratis.zoo.sprites_tokens import (
     unconditional,
 )
 from gratis.zoo.text import word_tokenizer
-from gratis.zoo.train.loop import Average, Examples, arguments, fit, save_half, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, kept, save_half, write_card
 
 PICTURES = 30_000
 TEST = 1_000_000
@@ -82,10 +82,12 @@ def main() -> None:
         loss_at, model.parameters(), steps=wish.steps, rate=wish.rate, averages=[average], seconds=wish.seconds
     )
     folder = wish.out / "sprites-prior"
-    save_half(average.module, folder)
-    tokenizer.save_pretrained(folder)
+    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **figures})
+    if not wish.measure:
+        save_half(average.module, folder)
+        tokenizer.save_pretrained(folder)
     saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(wish.device).eval()
-    scenes = WORLD.scenes(TEST, TEST + (512 if wish.steps > 100 else 4))
+    scenes = WORLD.scenes(TEST, TEST + (512 if figures["steps"] > 100 else 4))
     asked = prompts(tokenizer, [said(scene) for scene in scenes]).to(wish.device)
     measured = {}
     for guidance in (1.0, 2.0, 3.0):
@@ -101,8 +103,7 @@ def main() -> None:
         f"procedural, `gratis.zoo.sprites_tokens.WORLD`, tests from scene {TEST:,}",
         "`gratis.zoo.sprites_tokens.prompts`, `sample` and `decode` with `gratis.open('zoo:sprites-prior')`",
         {
-            "parameters": sum(weight.numel() for weight in saved.parameters()), "seed": wish.seed,
-            "batch": wish.batch, "rate": wish.rate, **figures, **measured,
+            "parameters": sum(weight.numel() for weight in saved.parameters()), **figures, **measured,
         },
         device=wish.device,
     )  # fmt: skip

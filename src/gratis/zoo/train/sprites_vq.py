@@ -14,7 +14,7 @@ from gratis.zoo import load
 from gratis.zoo.sprites import render
 from gratis.zoo.sprites_classifier import classify
 from gratis.zoo.sprites_tokens import CODES, FIRST_CODE, SIDE, WORLD, decode, encode, pixels
-from gratis.zoo.train.loop import Examples, arguments, fit, save_half, write_card
+from gratis.zoo.train.loop import Examples, arguments, fit, kept, save_half, write_card
 
 PICTURES = 30_000
 TEST = 1_000_000
@@ -75,7 +75,9 @@ def main() -> None:
 
     figures = fit(loss_at, model.parameters(), steps=wish.steps, rate=wish.rate, seconds=wish.seconds)
     folder = wish.out / "sprites-vq"
-    save_half(model, folder)
+    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **figures})
+    if not wish.measure:
+        save_half(model, folder)
     saved = VQModel.from_pretrained(folder, torch_dtype=torch.float32).to(wish.device).eval()
     scenes = WORLD.scenes(TEST, TEST + 512)
     images = render(scenes, 32).images
@@ -91,8 +93,8 @@ def main() -> None:
         f"procedural, `gratis.zoo.sprites_tokens.WORLD`, tests from scene {TEST:,}",
         "`gratis.zoo.sprites_tokens.encode` and `decode` with `gratis.open('zoo:sprites-vq')`",
         {
-            "parameters": sum(weight.numel() for weight in saved.parameters()), "seed": wish.seed,
-            "batch": wish.batch, "rate": wish.rate, **figures, "PSNR in dB": round(-10 * error.log10().item(), 2),
+            "parameters": sum(weight.numel() for weight in saved.parameters()), **figures,
+            "PSNR in dB": round(-10 * error.log10().item(), 2),
             "codes in use over 512 pictures": int(codes.unique().numel()),
             "colour accuracy of decoded pictures": round(
                 (seen.colour == torch.from_numpy(scenes.colour[:, 0])).float().mean().item(), 4
