@@ -32,7 +32,7 @@ ARMS: dict[str, tuple[Any, ...]] = {
     "LaCache": (gratis.LaCache(budget=BUDGET),),
     "LaCache, span 8, overlap 4": (gratis.LaCache(budget=BUDGET, span=8, overlap=4),),
 }
-PEER_CONTEXT, PEER_NEW, PEER_ROUNDS = 4096, 64, 3
+PEER_CONTEXT, PEER_NEW, PEER_ROUNDS = 4096, 64, 2
 
 
 class Reader:

@@ -1,16 +1,18 @@
 """Recall of a number hidden in a long text, by method, length and depth, on the embedded language model.
 
-    OMP_NUM_THREADS=1 python benchmarks/retrieval.py [--device cuda] [--dtype T] [--rows N] [SETTING] [SETTING:ARM] [:ARM] …
+    OMP_NUM_THREADS=1 python benchmarks/retrieval.py [--device cuda] [--dtype T] [--keys N] [SETTING] [SETTING:ARM] [:ARM] …
 
 A pass key is stated once at one of five depths of a text; the text ends by asking for it. Texts are read 128 tokens at
-a time, `--rows` of them at once, and the last token by itself. InfLLM attends to 1,024 latest and 32 first tokens and
-to 16 blocks of 64; the others to as many tokens. Block top-k reads densely and differs from the full cache only while
-it writes. Writes benchmarks/results/retrieval.json arm by arm; a named setting, or one arm of it, renews only its own.
+a time, and the last token by itself; what those of one depth share, the beginning, is read once. InfLLM attends to
+1,024 latest and 32 first tokens and to 16 blocks of 64; the others to as many tokens. Block top-k reads densely and
+differs from the full cache only while it writes. Writes benchmarks/results/retrieval.json arm by arm; a named setting,
+or one arm of it, renews only its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,7 @@ from torch import Tensor
 import gratis
 from gratis.subjects.text import FILLER, documentation, random_key, tokens_of
 
-DEPTHS, KEYS = (0.1, 0.3, 0.5, 0.7, 0.9), 4
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 BEGINNING = "There is important information hidden inside a lot of irrelevant text. Find it and memorize it. "
 FACT = " The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = " What is the pass key? The pass key is"
@@ -73,45 +75,39 @@ def methods(arm: str, device: str) -> tuple[Any, ...]:
     }[arm]
 
 
-def prompts(tokenizer: Any, setting: Setting) -> tuple[Tensor, list[str]]:
-    """(texts, length) token ids, depth by depth, and the key of each."""
+def recall(model: Any, tokenizer: Any, setting: Setting, arm: str, keys: int) -> dict[str, Any]:
+    """What is stored of one arm, with so many keys per depth."""
 
     def ids(text: str) -> Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+        return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=model.device)
 
-    filler = tokens_of(tokenizer, PROSE[setting.prose], setting.length)[0]
-    numbers, texts, keys = random.Random(setting.length), [], []
-    for depth in DEPTHS:
+    filler = tokens_of(tokenizer, PROSE[setting.prose], setting.length)[0].to(model.device)
+    reader, numbers = Reader(model, methods(arm, model.device.type)), random.Random(setting.length)
+    before, read, found, length = None, 0, [], 0
+    for depth in track(DEPTHS, description=f"{setting.title}, {arm}"):
         cut = round(depth * setting.length)
-        for _ in range(KEYS):
-            keys.append(random_key(numbers))
-            said = ids(FACT.format(key=keys[-1]))
-            texts.append(torch.cat([ids(BEGINNING), filler[:cut], said, filler[cut:], ids(QUESTION)]))
-    return torch.stack(texts), keys
-
-
-def recall(model: Any, tokenizer: Any, setting: Setting, arm: str, rows: int) -> dict[str, Any]:
-    """What is stored of one arm."""
-    texts, keys = prompts(tokenizer, setting)
-    hits, seconds = [], 0.0
-    for some in track(texts.split(rows), description=f"{setting.title}, {arm}"):
-        reader = Reader(model, methods(arm, model.device.type))
-        some = some.to(model.device)
-        reader.read(some[:, :-1], CHUNK)
-        seconds += reader.seconds
-        for written in tokenizer.batch_decode(reader.write(reader.read(some[:, -1:]), WRITTEN)):
-            hits.append(keys[len(hits)] in written)
-    row: dict[str, Any] = {
+        beginning = filler[read:cut] if read else torch.cat([ids(BEGINNING), filler[:cut]])
+        reader.cache = before
+        reader.read(beginning[None], CHUNK)
+        before, read = reader.cache, cut
+        hidden = [random_key(numbers) for _ in range(keys)]
+        rest = torch.stack([torch.cat([ids(FACT.format(key=key)), filler[cut:], ids(QUESTION)]) for key in hidden])
+        reader.cache = copy.deepcopy(before)
+        reader.cache.batch_repeat_interleave(keys)
+        reader.read(rest[:, :-1], CHUNK)
+        length = len(ids(BEGINNING)) + cut + rest.shape[1]
+        written = tokenizer.batch_decode(reader.write(reader.read(rest[:, -1:]), WRITTEN))
+        found.append(sum(key in words for key, words in zip(hidden, written, strict=True)))
+    trials = keys * len(DEPTHS)
+    return {
         "arm": arm,
-        "attends to": texts.shape[1] if arm == "full cache" else min(ATTENDED, texts.shape[1]),
-        "found": sum(hits),
-        "of": len(hits),
-        "interval": wilson(sum(hits), len(hits)),
-        **{f"depth {depth}": sum(hits[at * KEYS : (at + 1) * KEYS]) for at, depth in enumerate(DEPTHS)},
+        "numbers": str(model.dtype).removeprefix("torch."),
+        "attends to": length if arm == "full cache" else min(ATTENDED, length),
+        "found": sum(found),
+        "of": trials,
+        "interval": wilson(sum(found), trials),
+        **{f"depth {depth}": each for depth, each in zip(DEPTHS, found, strict=True)},
     }
-    if model.device.type == "cpu":
-        row["CPU s to read a text"] = round(seconds / len(hits), 1)
-    return row
 
 
 def main() -> None:
@@ -120,7 +116,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="SETTING[:ARM]", help=f"of {list(SETTINGS)} and {list(ARMS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rows", type=int, default=1, help="texts that are read at once")
+    parser.add_argument("--keys", type=int, default=4, help="keys per depth, whose texts are read at once")
     given = parser.parse_args()
     chosen = []
     for part in given.parts or SETTINGS:
@@ -133,8 +129,8 @@ def main() -> None:
     model = gratis.open("smollm2", dtype=given.dtype, device=given.device)
     tokenizer = gratis.subjects.tokenizer_of(model)
     for setting, arm in chosen:
-        row = recall(model, tokenizer, setting, arm, given.rows)
-        renew_rows("retrieval", setting.title, [row], lambda row: ARMS.index(row["arm"]), given.device)
+        row = recall(model, tokenizer, setting, arm, given.keys)
+        renew_rows("retrieval", setting.title, [row], lambda row: ARMS.index(row["arm"]), given.device, arm)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def heat_map(rows: Sequence[dict[str, Any]]) -> str:
 def fact_map(rows: Sequence[dict[str, Any]], trials: int) -> str:
     """How many numbers were written right, by arm, how often they were stated and how long ago."""
     arms = [key.removesuffix(": right") for key in rows[0] if key.endswith(": right")]
-    left, top, width, height = 270, 44, 110, 30
+    left, top, width, height = 290, 44, 134, 30
     parts, y = [], top
     for place, row in enumerate(rows):
         times = "once" if row["stated"] == 1 else f"{row['stated']} times"

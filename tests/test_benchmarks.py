@@ -60,6 +60,16 @@ def test_rows_of_another_device_do_not_stay_beside_new_ones(measuring, tmp_path,
     assert stored(tmp_path)["measured"]["table"]["device"] == "another device"
 
 
+def test_rows_that_are_named_stay_beside_those_of_another_device_and_say_so(measuring, tmp_path, monkeypatch):
+    measuring.renew_rows("example", "table", [{"at": 1}], lambda row: row["at"])
+    monkeypatch.setattr(measuring, "_device", lambda device: "another device")
+    measuring.renew_rows("example", "table", [{"at": 2}], lambda row: row["at"], part="second")
+    found = stored(tmp_path)
+    assert found["table"] == [{"at": 1}, {"at": 2}]
+    assert found["measured"]["table: second"]["device"] == "another device"
+    assert found["measured"]["table"]["device"] != "another device"
+
+
 def test_a_write_that_fails_leaves_what_was_stored(measuring, tmp_path):
     measuring.renew("example", {"one": [{"a": 1}]})
     before = (tmp_path / "example.json").read_bytes()

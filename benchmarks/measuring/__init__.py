@@ -100,27 +100,35 @@ def renew(name: str, content: dict[str, Any], device: str = "cpu") -> None:
     Processes that run side by side may write to one file.
     """
     with _locked(name):
-        _write(name, {**stored(name), **content}, list(content), device)
+        _write(name, {**stored(name), **content}, {key: key for key in content}, device)
     print(json.dumps(content, indent=1))
 
 
 def renew_rows(
-    name: str, title: str, rows: Sequence[dict[str, Any]], place: Callable[[dict[str, Any]], Any], device: str = "cpu"
+    name: str,
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    place: Callable[[dict[str, Any]], Any],
+    device: str = "cpu",
+    part: str = "",
 ) -> None:
     """As `renew` for rows of one table, which stand in the order of `place(row)`: rows and columns that are not given
-    stay as they are, unless they were measured on another device.
+    stay as they are, unless they were measured on another device; where `part` names the rows, it is said of them alone.
     """
     with _locked(name):
         old = stored(name)
-        here = old.get("measured", {}).get(title, {}).get("device") == _device(device)
-        table: dict[Any, dict[str, Any]] = {place(row): row for row in old.get(title, [])} if here else {}
+        measured = old.get("measured", {}).get(title, {}).get("device")
+        alike = measured in (None, _device(device))
+        table: dict[Any, dict[str, Any]] = {place(row): row for row in old.get(title, [])} if alike or part else {}
         for row in rows:
             table[place(row)] = {**table.get(place(row), {}), **row}
-        _write(name, {**old, title: [table[key] for key in sorted(table)]}, [title], device)
+        said = title if alike or not part else f"{title}: {part}"
+        _write(name, {**old, title: [table[key] for key in sorted(table)]}, {title: said}, device)
     print(json.dumps({title: list(rows)}, indent=1))
 
 
-def _write(name: str, found: dict[str, Any], fresh: Sequence[str], device: str) -> None:
+def _write(name: str, found: dict[str, Any], fresh: Mapping[str, str], device: str) -> None:
+    """Write what was found; `fresh` names what was measured just now, and as what that is noted."""
     versions = environment()["versions"]
     here = {
         "date": date.today().isoformat(),
@@ -128,9 +136,11 @@ def _write(name: str, found: dict[str, Any], fresh: Sequence[str], device: str) 
         **{package: versions[package] for package in ("torch", "transformers") if package in versions},
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
-    tables = [key for key in fresh if isinstance(found[key], (dict, list))]
-    measured = {**found.pop("measured", {}), **dict.fromkeys(tables, here)}
-    found["measured"] = {key: where for key, where in measured.items() if key in found}
+    noted = [said for key, said in fresh.items() if isinstance(found[key], (dict, list))]
+    measured = {**found.pop("measured", {}), **dict.fromkeys(noted, here)}
+    found["measured"] = {
+        key: where for key, where in measured.items() if key in found or key.rpartition(":")[0] in found
+    }
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     half = path.with_suffix(".part")
