@@ -394,3 +394,16 @@ def test_a_search_from_the_first_changed_group_on_comes_to_the_same_trials():
     assert found[0].details.pop("layers skipped") > 0
     assert found[0].metrics == found[1].metrics
     assert found[0].details == found[1].details
+
+
+@pytest.mark.evidence
+def test_the_weights_of_an_exact_linear_merge_are_recovered():
+    _, models = states(2, ["layers.0.w"])
+    share = 0.35
+    target = {"layers.0.w": share * models[0]["layers.0.w"] + (1 - share) * models[1]["layers.0.w"]}
+    options = {"layer_granularity": 1, "filters": (), "methods": ("linear",), "n_trials": 60, "min_budget": 30}
+    recovered = []
+    for seed in range(3):
+        weights = quiet(None, models, nearness(target), seed=seed, **options).configuration[0]["sets"]["rest"]["linear"]
+        recovered.append(weights[0] / sum(weights))
+    assert np.median(np.abs(np.array(recovered) - share)) < 0.05
