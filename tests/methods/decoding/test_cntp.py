@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from scipy.stats import chisquare
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 import gratis
 from gratis.contract.errors import InputError, ParameterError, SubjectError
@@ -239,7 +247,7 @@ def test_of_trials_of_one_token_the_likeliest_drawn_is_kept():
         top = model(ids).logits[0, -1].topk(2)
     q = float((top.values / 8).softmax(-1)[1])
     method = cautious(max_trials=3, max_entropy=0.02, temperature=8.0, stop_tokens=tuple(range(tiny.VOCABULARY)))
-    count = 400
+    count = 300
     with gratis.attach(model, method):
         out = generate(model, ids.expand(count, -1), top_k=2, max_new_tokens=1)
     share = float((out[:, -1] == top.indices[1]).double().mean())
@@ -436,3 +444,145 @@ def test_missing_tokenizers_and_broken_logits():
         model.lm_head.weight[3] = torch.nan
     with gratis.attach(model, cautious()), pytest.raises(InputError, match="not finite"):
         generate(model, ids)
+
+
+# Exact laws, on a model of five tokens
+
+
+def five(seed=1):
+    """A model of five tokens whose distributions are neither flat nor sharp."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=5,
+        max_position_embeddings=32, initializer_range=0.8, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@torch.no_grad()
+def law(model, ids, length, temperature, ends=()):
+    """Probability of every continuation of `length` tokens, or of fewer where one of `ends` comes before."""
+    if length == 0 or (int(ids[0, -1]) in ends and ids.shape[1] > 2):
+        return {(): 1.0}
+    chances = (model(ids).logits[0, -1].double() / temperature).softmax(-1)
+    found = {}
+    for token, chance in enumerate(chances.tolist()):
+        rest = law(model, torch.cat([ids, torch.tensor([[token]])], 1), length - 1, temperature, ends)
+        found |= {(token, *more): chance * other for more, other in rest.items()}
+    return found
+
+
+def p_value(drawn, expected):
+    """Chi-square test that draws (tuples) follow a law, rare ones pooled."""
+    count, seen = len(drawn), Counter(drawn)
+    assert set(seen) <= set(expected)
+    often = [one for one, chance in expected.items() if chance * count >= 5]
+    observed = [*(seen[one] for one in often), count - sum(seen[one] for one in often)]
+    chances = torch.tensor([*(expected[one] for one in often)], dtype=torch.float64)
+    chances = torch.cat([chances, (1 - chances.sum()).clamp_min(1e-12)[None]])
+    return float(chisquare(observed, (chances * count).numpy()).pvalue)
+
+
+@pytest.mark.parametrize("options", [{"max_trials": 1}, {"max_entropy": 1e9}], ids=["one trial", "no cautious step"])
+def test_its_limits_have_the_models_own_distribution(options):
+    model, ids, runs = five(), torch.tensor([[1, 2]]), 300
+    method = cautious(**{"temperature": 1.3, **options, "stop_tokens": (0,)})
+    with gratis.attach(model, method):
+        out = generate(model, ids.expand(runs, -1), max_new_tokens=3, do_sample=True, temperature=1.3, top_k=0)
+    assert p_value([tuple(row) for row in out[:, 2:].tolist()], law(model, ids, 3, 1.3)) > 1e-3
+
+
+def test_the_kept_segment_has_the_law_of_the_least_perplexing_of_the_trials():
+    """Every segment is enumerated: it is kept where none of the other trials is less perplexing (ties: the first)."""
+    model, ids, runs, trials = five(), torch.tensor([[1, 2]]), 300, 3
+    method = cautious(
+        max_trials=trials, min_entropy=0.0, max_entropy=0.05, temperature=1.3, stop_tokens=(0, 4), max_trial_tokens=2
+    )
+    segments = law(model, ids, 2, 1.3, ends=(0, 4))
+    worth = {one: math.log(chance) / len(one) for one, chance in segments.items()}
+    expected = {}
+    for one, chance in segments.items():
+        equal = sum(p for other, p in segments.items() if worth[other] == worth[one])
+        worse = sum(p for other, p in segments.items() if worth[other] < worth[one])
+        expected[one] = ((worse + equal) ** trials - worse**trials) * chance / equal
+    assert sum(expected.values()) == pytest.approx(1)
+    with gratis.attach(model, method) as handle:
+        out = generate(model, ids.expand(runs, -1), max_new_tokens=2)
+        steps = handle.report()["cntp"]["steps"]
+    kept = [
+        tuple(row[2 : 2 + one[0]["lengths"][one[0]["chosen"]]]) for row, one in zip(out.tolist(), steps, strict=True)
+    ]
+    assert {one[0]["trials"] for one in steps} == {trials}
+    assert p_value(kept, expected) > 1e-3
+    assert p_value(kept, segments) < 1e-3, "and not that of plain sampling"
+
+
+# Odd calls
+
+
+def test_a_prompt_at_the_windows_end_has_room_for_what_fits():
+    model = tiny.tiny_language_model()
+    window = model.config.max_position_embeddings
+    ids = torch.randint(2, tiny.VOCABULARY, (1, window - 3), generator=torch.Generator().manual_seed(0))
+    with gratis.attach(model, cautious(max_trial_tokens=None, stop_tokens=(96,))) as handle:
+        out = generate(model, ids, max_new_tokens=3)
+        assert out.shape[1] == window
+        steps = handle.report()["cntp"]["steps"][0]
+    assert max(step["at"] + max(step["lengths"]) for step in steps) <= window
+
+
+def test_trials_that_are_all_equal_keep_the_first_and_all_cut_ones_are_told():
+    model, ids = tiny.tiny_language_model(), tiny.prompt()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    # A flat distribution: every trial of one length is as likely as every other.
+    method = cautious(max_trials=4, max_entropy=1.0, stop_tokens=(96,), max_trial_tokens=3)
+    with gratis.attach(model, method) as handle:
+        generate(model, ids, max_new_tokens=2)
+        report = handle.report()["cntp"]
+    [step] = report["steps"][0]
+    assert step["lengths"] == [2] * 4
+    assert len(set(step["perplexities"])) == 1
+    assert step["chosen"] == 0
+    assert report["truncated_samples"] == [[True]]
+
+
+def test_empty_prompts_are_refused():
+    model = tiny.tiny_language_model()
+    with gratis.attach(model, cautious()), pytest.raises(InputError, match="empty"):
+        model.generate(input_ids=torch.empty(1, 0, dtype=torch.long), max_new_tokens=3)
+
+
+def test_tokenizers_without_marks_are_refused_and_marks_of_the_wrong_type():
+    model = tiny.tiny_language_model()
+    set_tokenizer(model, letters())
+    with pytest.raises(SubjectError, match="none of the marks"):
+        gratis.attach(model, gratis.CNTP())
+    for wrong in (".", (1,), 5):
+        with pytest.raises(ParameterError, match="punctuation"):
+            gratis.CNTP(punctuation=wrong)
+    assert torch.equal(generate(model, tiny.prompt()), generate(tiny.tiny_language_model(), tiny.prompt()))
+
+
+def test_interrupted_it_tells_what_was_committed():
+    model, ids = tiny.tiny_language_model(), tiny.prompt()
+    whole = {}
+    with gratis.attach(model, cautious()) as handle:
+        whole = generate(model, ids)[0].tolist()
+        passes = handle.report()["cntp"]["forward_passes"]
+        calls = []
+
+        def interrupt(module, arguments):
+            calls.append(1)
+            if len(calls) == passes - 2:
+                raise KeyboardInterrupt
+
+        model.model.layers[0].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, ids)
+        held = handle.report()["cntp"]["interrupted"]
+    assert held == whole[: len(held)]
+    assert tiny.PROMPT < len(held) < len(whole)
+    assert model.config._attn_implementation == "sdpa", "how it attends is as it was"
