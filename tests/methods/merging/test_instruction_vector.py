@@ -235,6 +235,8 @@ def test_choose_scale_says_when_there_is_nothing_to_choose(monkeypatch):
     monkeypatch.setattr(instruction_vector, "perplexity", lambda *a: 1.0)
     with pytest.raises(InputError, match="No answer is well-formed"):
         choose_scale(live, vector, None, texts=["x"], prompts=["y"])
+    with pytest.raises(InputError, match="not one string"):
+        choose_scale(live, vector, None, texts="x", prompts=["y"])
     with pytest.raises(InputError, match="empty"):
         choose_scale(live, vector, None, texts=[], prompts=["y"])
     assert live.weight.item() == 0

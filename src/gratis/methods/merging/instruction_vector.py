@@ -285,6 +285,8 @@ def choose_scale(
     """
     if not texts or not prompts or not scales:
         raise InputError("choose_scale needs texts of the domain, prompts and scales; one of them is empty.")
+    if isinstance(texts, str) or isinstance(prompts, str):
+        raise InputError("choose_scale needs lists of texts and prompts, not one string.")
     tell = progress or (lambda fraction, words: None)
     rows = []
     with attach(domain, vector) as handle:

@@ -58,18 +58,19 @@ def separable(experts: list[Tensor], part: MergePart, exclude: Sequence[str]) ->
         warnings.warn(f"{part.tensor!r} has less rank than there are experts: it is merged by the mean.", GratisWarning)
         return None
     deltas = [expert.view(part.shape).double() for expert in experts]
-    flat = torch.stack([delta.flatten() for delta in deltas])
-    gram = flat @ flat.T
-    sizes = gram.diagonal().clamp_min(1e-300).sqrt()
-    cosines = gram / sizes[:, None] / sizes
-    if (
-        len(deltas) > 1
-        and float((cosines - torch.eye(len(deltas), dtype=gram.dtype, device=gram.device)).max()) > COPIES
-    ):
+    if _near_copies(deltas):
         warnings.warn(
             "Two experts changed a matrix almost alike: average near copies first, then merge.", GratisWarning
         )
     return deltas
+
+
+def _near_copies(deltas: Sequence[Tensor]) -> bool:
+    flat = [delta.flatten() for delta in deltas]
+    sizes = [float(one.norm()) for one in flat]
+    return any(
+        float(flat[i].dot(flat[j])) > COPIES * sizes[i] * sizes[j] > 0 for i in range(len(flat)) for j in range(i)
+    )
 
 
 def leading(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
