@@ -33,6 +33,10 @@ def merge(
         list[str] | None,
         typer.Option("--device", help="cpu, cuda or cuda:NUMBER; several share the tensors.  [default: cpu]"),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Share the merge out over processes of a ray cluster (extra scale)."),
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the merge would take.")] = False,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write OUT.report.html and .json: statistics, conflicts.")
@@ -63,7 +67,7 @@ def merge(
     if search:
         _search(read, recipe, out, task, task_sets or (), trials, seed, journal, overwrite, as_json)
         return
-    computed = {"threads": threads, "device": device or ["cpu"]}
+    computed = {"threads": threads, "device": device or ["cpu"], "workers": workers}
     _merge(read, out, computed, overwrite=overwrite, only_plan=plan, report=report, as_json=as_json)
 
 

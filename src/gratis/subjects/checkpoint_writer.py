@@ -105,8 +105,15 @@ class Writer:
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Write flat `values` of tensor `name` from flat index `start` on."""
         file, offset = self._where[name]
-        data = values.contiguous().cpu().view(torch.uint8).numpy()
-        _write(self._files[file], data, offset + start * values.dtype.itemsize)
+        _write(self._files[file], _bytes_of(values), offset + start * values.dtype.itemsize)
+
+    def settle(self) -> None:
+        """Have everything written so far on the disk."""
+        for handle in self._files.values():
+            os.fdatasync(handle)
+
+    def __reduce__(self) -> Any:
+        return DistantWriter, (self.folder, self._where)
 
     def remember(self, notes: Mapping[str, Any]) -> None:
         """Write `notes` down together with the next ones."""
@@ -127,8 +134,7 @@ class Writer:
         return True
 
     def _flush(self, notes: dict[str, Any]) -> None:
-        for handle in self._files.values():
-            os.fdatasync(handle)
+        self.settle()
         self._append(notes)
 
     def _append(self, notes: dict[str, Any]) -> None:
@@ -186,6 +192,30 @@ class Writer:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+class DistantWriter:
+    """What a writer is in another process: it writes tensors at their places in the files that were laid out."""
+
+    def __init__(self, folder: Path, where: Mapping[str, tuple[str, int]]) -> None:
+        self.folder, self._where = folder, where
+        self._files: dict[str, int] = {}
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """See Writer."""
+        file, offset = self._where[name]
+        if file not in self._files:
+            self._files[file] = os.open(self.folder / file, os.O_RDWR | os.O_NOFOLLOW)
+        _write(self._files[file], _bytes_of(values), offset + start * values.dtype.itemsize)
+
+    def settle(self) -> None:
+        """See Writer."""
+        for handle in self._files.values():
+            os.fdatasync(handle)
+
+    def __del__(self) -> None:
+        for handle in self._files.values():
+            os.close(handle)
 
 
 def restore_replaced(out: Path) -> None:
@@ -280,6 +310,10 @@ def _write_indices(folder: Path, layout: _Layout, places: Mapping[str, tuple[tor
         (folder / index).parent.mkdir(exist_ok=True)
         content = {"metadata": {"total_size": sizes[index]}, "weight_map": weight_map}
         (folder / index).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _bytes_of(values: Tensor) -> Any:
+    return values.contiguous().cpu().view(torch.uint8).numpy()
 
 
 def _write(handle: int, data: Any, offset: int) -> None:

@@ -141,6 +141,10 @@ class Checkpoint(TensorSource):
         if not self.places:
             raise FileError(f"{self.path} holds no tensors.")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the files itself.
+        return {**self.__dict__, "_maps": {}}
+
     @property
     def files(self) -> list[Path]:
         return sorted({place.file for place in self.places.values()})

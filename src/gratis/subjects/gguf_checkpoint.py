@@ -79,6 +79,10 @@ class GGUFCheckpoint(TensorSource):
         self._model: Any = None
         self.places: dict[str, BlockPlace] = self._named(stored)
 
+    def __reduce__(self) -> Any:
+        # Another process maps the file itself.
+        return type(self), (self.path,)
+
     @property
     def files(self) -> list[Path]:
         return [self.path]

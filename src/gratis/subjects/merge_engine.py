@@ -23,6 +23,7 @@ from gratis.contract.method import Cutoff, Merge, MergePart
 from gratis.subjects.checkpoint_writer import Writer
 from gratis.subjects.merge_inputs import Inputs
 from gratis.subjects.merge_rules import Rule, portions
+from gratis.subjects.merge_workers import Workers
 from gratis.subjects.selection import Stretch, largest_of_each, last_tie
 
 STRETCH = 131072
@@ -45,6 +46,8 @@ class Power:
     devices: tuple[torch.device, ...] = (CPU,)
     stretch: int = STRETCH
     """Elements worked on at a time."""
+    workers: Workers | None = None
+    """Processes that do the work instead of this one."""
 
     @classmethod
     def of(cls, threads: int | None = None, device: str | Sequence[str] = "cpu", stretch: int | None = None) -> Power:
@@ -151,8 +154,15 @@ class Engine:
     def __init__(self, inputs: Inputs, power: Power, each: Sequence[Merge] = ()) -> None:
         self._inputs, self._stretch, self._each_own = inputs, power.stretch, each
         self._threads, self._devices = max(power.threads, len(power.devices)), power.devices
+        self._workers = power.workers
         self._scratch = threading.local()
         self._known: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_workers": None, "_scratch": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_scratch": threading.local()}
 
     def copy_the_rest(self, writer: Any) -> None:
         """Write what is not merged (integers, buffers): it is the base's."""
@@ -184,11 +194,14 @@ class Engine:
         self._known = method.survey(_Survey(self, method, names))
         begin, totals, marked = notes.left()
         done = sum(part.count for part in parts[:begin])
-        results = self._each(lambda p: self._combine(method, p, cutoffs, measured, places, writer), parts[begin:])
-        for number, result in enumerate(results, begin):
-            for key, value in result.totals.items():
+        settle = getattr(writer, "settle", None)
+        results = self._each(
+            lambda p: self._combine(method, p, cutoffs, measured, places, writer), parts[begin:], settle
+        )
+        for number, (sums, revise) in enumerate(results, begin):
+            for key, value in sums.items():
                 totals[key] = totals.get(key, 0.0) + value
-            if result.revise:
+            if revise:
                 marked.append(number)
             done += parts[number].count
             notes.done(number + 1, totals, marked)
@@ -196,7 +209,7 @@ class Engine:
         again = [parts[number] for number in marked]
         revised = method.revised(totals) if again else None
         if revised is not None:
-            for _ in self._each(lambda p: self._combine(revised, p, cutoffs, measured, places, writer), again):
+            for _ in self._each(lambda p: self._combine(revised, p, cutoffs, measured, places, writer), again, settle):
                 pass
         notes.finished()
 
@@ -218,8 +231,16 @@ class Engine:
         count = place.elements if unit == "tensor" else max(self._stretch // row, 1) * row
         return [Stretch(name, at, min(count, place.elements - at)) for at in range(0, place.elements, count)]
 
-    def _each(self, work: Callable[[Stretch], Any], parts: Sequence[Stretch]) -> Iterator[Any]:
-        """Results of `work` in the order of `parts`, with no more parts in flight than needed."""
+    def _each(
+        self, work: Callable[[Stretch], Any], parts: Sequence[Stretch], settle: Callable[[], None] | None = None
+    ) -> Iterator[Any]:
+        """Results of `work` in the order of `parts`, with no more parts in flight than needed.
+
+        Workers call `settle` when what they wrote must be on the disk.
+        """
+        if self._workers is not None and len(parts) > 1:
+            yield from self._workers.each(work, parts, settle)
+            return
         ahead = 32 * self._threads
 
         def there(part: Stretch, device: torch.device) -> Any:
@@ -276,7 +297,8 @@ class Engine:
         measured: Mapping[str, tuple[float, ...]],
         places: Mapping[str, Any],
         writer: Any,
-    ) -> MergePart:
+    ) -> tuple[dict[str, float], bool]:
+        """Write the merged stretch; what it adds to the totals, and whether it may have to be done again."""
         known = tuple(cutoffs[part.tensor, n] for n in range(len(self._inputs.experts))) if cutoffs else ()
         info = self._info(part)
         info.cutoffs, info.measured = known, measured.get(part.tensor, ())
@@ -286,7 +308,7 @@ class Engine:
             merged = merged.add_(base)
         dtype = places[part.tensor][0]
         writer.write(part.tensor, merged if dtype == torch.float32 else merged.to(dtype), part.start)
-        return info
+        return info.totals, info.revise
 
     def _prepared(self, method: Merge, part: Stretch, info: MergePart) -> tuple[list[Tensor], Tensor | None]:
         """The experts' stretches as the method works on them, and the base's. Raises InputError."""

@@ -57,13 +57,14 @@ class MergeRecipe:
         overwrite: bool = False,
         threads: int | None = None,
         device: str | Sequence[str] = "cpu",
+        workers: int | None = None,
         progress: MergeProgress | None = None,
     ) -> MergeReport:
         """Merge into the new folder `out`. Raises what `gratis.merge` raises."""
         return merge(
             self.method, base=self.base, experts=self.experts, weights=self.weights, rules=self.rules, out=out,
             dtype=self.dtype, tokenizer=self.tokenizer, overwrite=overwrite, threads=threads, device=device,
-            progress=progress,
+            workers=workers, progress=progress,
         )  # fmt: skip
 
     def dump(self) -> str:

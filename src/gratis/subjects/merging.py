@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from gratis.subjects.checkpoints import DTYPES, TensorPlace, TensorSource
 from gratis.subjects.merge_engine import MergeProgress, Power, stream
 from gratis.subjects.merge_inputs import Inputs, checked_weights
 from gratis.subjects.merge_rules import Rule
+from gratis.subjects.merge_workers import WorkerLostError, Workers
 from gratis.subjects.merged_folder import carry, copy_within, describe, recipe_of, write_card, write_record
 
 
@@ -58,6 +59,7 @@ def merge(
     tokenizer: str = "error",
     threads: int | None = None,
     device: str | Sequence[str] = "cpu",
+    workers: int | None = None,
     stretch: int | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -70,6 +72,8 @@ def merge(
     `dtype` is the result's ("float32", "bfloat16",
     "float16"), the base's by default; the arithmetic is float32. The result is the same for any `threads` and `stretch`
     (elements worked on at a time). `device` is where it is computed: "cpu", "cuda", or several, which share the bytes.
+    `workers` shares the merge out over that many processes of a ray cluster (extra `scale`): the one that is connected or
+    that RAY_ADDRESS names, else one on this machine. Workers on other machines need the same paths.
 
     `tokenizer` says what becomes of different vocabularies: "error" refuses them, "base" keeps the base's tokens, "union"
     takes every model's, "intersect" those that all have; rows of embedding and head are put in order.
@@ -104,11 +108,14 @@ def merge(
     writer = Writer(target, places, shard_bytes, homes, _plan(inputs, method, rules, dtype, power.stretch))
     resumed = bool(writer.left)
     try:
-        stream(inputs, method, rules, places, writer, power, progress)
+        _stream_with(workers, inputs, method, rules, places, writer, power, progress)
         _describe_folder(inputs, writer, method, dtype, rules, tokenizer)
         writer.finish()
-    except Exception:
-        writer.abandon()
+    except Exception as error:
+        if isinstance(error, WorkerLostError):
+            writer.keep()
+        else:
+            writer.abandon()
         raise
     except BaseException:
         # Interrupted: the same merge goes on from here the next time.
@@ -117,6 +124,19 @@ def merge(
     floating = sum(p.dtype.is_floating_point for p in reference.places.values())
     read = sum(c.bytes for c in inputs.all)
     return MergeReport(target, len(places), floating, read, size, time.perf_counter() - began, resumed)
+
+
+def _stream_with(workers: int | None, *merged: Any) -> None:
+    """`stream`, over workers where some are asked for."""
+    if workers is None:
+        stream(*merged)
+        return
+    *of, power, progress = merged
+    team = Workers(workers)
+    try:
+        stream(*of, replace(power, workers=team), progress)
+    finally:
+        team.close()
 
 
 def open_inputs(
@@ -263,6 +283,7 @@ def merge_recipe(
     overwrite: bool = False,
     threads: int | None = None,
     device: str | Sequence[str] = "cpu",
+    workers: int | None = None,
     progress: MergeProgress | None = None,
 ) -> MergeReport:
     """Run a merge recipe, in gratis's form or mergekit's: see `gratis.subjects.merge_recipe`.
@@ -273,4 +294,4 @@ def merge_recipe(
     from gratis.subjects.merge_recipe import load_recipe
 
     read = load_recipe(recipe, models)
-    return read.run(out, overwrite=overwrite, threads=threads, device=device, progress=progress)
+    return read.run(out, overwrite=overwrite, threads=threads, device=device, workers=workers, progress=progress)

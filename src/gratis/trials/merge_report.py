@@ -65,7 +65,11 @@ class MergePlan:
 
 
 def plan_merge(
-    recipe: MergeRecipe, out: Path, threads: int | None = None, device: str | Sequence[str] = "cpu"
+    recipe: MergeRecipe,
+    out: Path,
+    threads: int | None = None,
+    device: str | Sequence[str] = "cpu",
+    workers: int | None = None,
 ) -> MergePlan:
     """Measure and estimate. Raises FileError where the disk is too small, InputError for inputs that do not fit."""
     power = Power.of(threads, device)
@@ -87,16 +91,16 @@ def plan_merge(
         )
     found = _portions(recipe, reference, experts)
     passes = 1 + any(p.method.kept_share() is not None or p.method.measures for p in found)
-    workers = max(power.threads, len(power.devices))
+    beside = workers or max(power.threads, len(power.devices))
     elements = sum(p.elements for p in reference.places.values() if p.dtype.is_floating_point)
     read_speed, write_speed = _read_speed(everything), _write_speed(folder)
     compute_speed = _compute_speed(recipe, base, experts, found, power)
     read = sum(source.bytes for source in everything)
-    seconds = passes * read / read_speed + written / write_speed + elements / (compute_speed * workers)
-    memory = workers * (len(experts) + 2) * power.stretch * 4
+    seconds = passes * read / read_speed + written / write_speed + elements / (compute_speed * beside)
+    memory = beside * (len(experts) + 2) * power.stretch * 4
     return MergePlan(
         len(reference.places), len(experts), read, passes, written, free, memory, read_speed, write_speed,
-        compute_speed, workers, seconds, " and ".join(map(str, power.devices)),
+        compute_speed, beside, seconds, " and ".join(map(str, power.devices)),
     )  # fmt: skip
 
 
