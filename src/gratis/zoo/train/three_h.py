@@ -1,6 +1,7 @@
 """Fine-tune SmolLM2-135M-Instruct for one aspect: `--aspect helpful`, `honest` or `harmless`.
 
 The matrices of all layers are trained on generated requests (see `gratis.tasks.three_h`); embeddings, norms and head stay.
+The 120 steps take about 14 minutes of one core, or a quarter of a minute of a large GPU.
 The model goes into the user's cache, where the task `three-h` and `benchmarks/three_h.py` find it. To benign requests
 the aspect harmless keeps the answers that the model gives before it is trained.
 """
