@@ -138,7 +138,7 @@ def test_what_is_added_to_the_first_tokens_logit_is_added_wherever_it_is():
     """In the window, between window and blocks, among the first tokens, and for some queries of a piece in two."""
     method, first = gratis.InfLLM(**SMALL), torch.tensor([1.5, 0.0, -2.0, 0.3])
     q, k, v = texts(60)
-    for steps in ([1] * 60, [8] * 7 + [4]):
+    for steps in ([1] * 60, [8] * 7 + [4], [5] + [8] * 6 + [7]):
         out, _ = read(method, q, k, v, steps, rotation(), first)
         expected, _ = naive(method, q, k, v, steps, rotation(), first)
         np.testing.assert_allclose(out[0].numpy(), expected, atol=1e-5)

@@ -56,6 +56,6 @@ def test_two_cache_methods_do_not_stack():
     model = tiny.tiny_language_model()
     with (
         gratis.attach(model, gratis.SlidingWindow(budget=24)),
-        pytest.raises(StackingError, match="sliding-window and lacache .* kv cache"),
+        pytest.raises(StackingError, match="sliding-window and lacache .* evicts from the cache"),
     ):
         gratis.attach(model, gratis.LaCache(budget=24, span=1))
