@@ -1,21 +1,23 @@
 """The same mergekit files through gratis and through mergekit: largest difference of any weight.
 
-    python benchmarks/mergekit_recipes.py --mergekit PATH/TO/mergekit-yaml
+    python benchmarks/mergekit_recipes.py [--mergekit PYTHON]
 
-Three small Llama models fine-tuned (at random) from a fourth; the files are mergekit's examples with these names.
-Random dropping is compared by its moments, as the draws differ.
+PYTHON is that of an environment with mergekit; without it one is made. Three small Llama models fine-tuned (at random)
+from a fourth; the files are mergekit's examples with these names.
+Random dropping is compared by its moments, as the draws differ. Writes benchmarks/results/mergekit_recipes.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from measuring import peer_python, run_apart, store
+from rich.progress import track
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,6 +27,7 @@ THREE = "models:\n  - {model: base}\n" + "".join(
     f"  - {{model: ft{n}, parameters: {{weight: {w}, density: {d}}}}}\n"
     for n, w, d in ((0, 0.4, 0.5), (1, 0.3, 0.7), (2, 0.3, 1.0))
 )
+DROPPED = THREE.replace("density: 1.0", "density: 0.8")
 RECIPES = {
     "linear": "merge_method: linear\ndtype: float32\nmodels:\n"
     + "".join(f"  - {{model: ft{n}, parameters: {{weight: {w}}}}}\n" for n, w in ((0, 1.0), (1, 0.3), (2, 0.5))),
@@ -82,6 +85,18 @@ merge_method: linear
 dtype: float32
 """,
     "output in bfloat16": f"merge_method: task_arithmetic\nbase_model: base\ndtype: float32\nout_dtype: bfloat16\n{THREE}",
+    "breadcrumbs": f"merge_method: breadcrumbs\nbase_model: base\ndtype: float32\nparameters: {{gamma: 0.05}}\n{THREE}",
+    "breadcrumbs ties": f"merge_method: breadcrumbs_ties\nbase_model: base\ndtype: float32\n{THREE}",
+    "sce": "merge_method: sce\nbase_model: base\ndtype: float32\nparameters: {select_topk: 0.6}\n"
+    "models: [{model: ft0}, {model: ft1}, {model: ft2}]\n",
+    "ram": "merge_method: ram\nbase_model: base\ndtype: float32\nmodels: [{model: ft0}, {model: ft1}]\n",
+    "karcher": "merge_method: karcher\ndtype: float32\nmodels: [{model: ft0}, {model: ft1}, {model: ft2}]\n",
+    "multislerp": "merge_method: multislerp\ndtype: float32\nmodels:\n  - {model: ft0, parameters: {weight: 0.7}}\n"
+    "  - {model: ft1, parameters: {weight: 0.3}}\n",
+    "arcee fusion": "merge_method: arcee_fusion\nbase_model: base\ndtype: float32\nmodels: [{model: base}, {model: ft0}]\n",
+    "della (moments)": f"merge_method: della\nbase_model: base\ndtype: float32\nparameters: {{epsilon: 0.1}}\n{DROPPED}",
+    "della linear (moments)": "merge_method: della_linear\nbase_model: base\ndtype: float32\nparameters: {epsilon: 0.1}\n"
+    + DROPPED,
     "dare linear (moments)": f"merge_method: dare_linear\nbase_model: base\ndtype: float32\n{THREE}",
     "dare ties (moments)": f"merge_method: dare_ties\nbase_model: base\ndtype: float32\n{THREE}",
 }  # fmt: skip
@@ -104,46 +119,51 @@ def models(folder: Path) -> None:
         tuned.save_pretrained(folder / f"ft{n}")
 
 
+def compared(title: str, ours: Path, theirs: Path, base: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """One row: how far the two outputs are apart."""
+    a, b = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
+    if a.keys() != b.keys() or any(a[key].dtype != b[key].dtype for key in a):
+        raise SystemExit(f"{title}: the outputs have different tensors")
+    if "moments" in title:
+        moments = {"mean size": lambda t: t.abs().mean(), "spread": lambda t: t.std()}
+        row: dict[str, Any] = {"file": title, "tensors": len(a)}
+        for what, moment in moments.items():
+            ratios = [
+                float(moment(b[k].float() - base[k]) / moment(a[k].float() - base[k])) for k in a if a[k].ndim == 2
+            ]
+            row[f"{what}, ours / theirs"] = [round(min(ratios), 3), round(max(ratios), 3)]
+        return row
+    difference = max(float((a[key].float() - b[key].float()).abs().max()) for key in a)
+    same = [key for key in a if key in base and base[key].shape == a[key].shape]
+    change = max(float((a[key].float() - base[key]).abs().max()) for key in same)
+    return {
+        "file": title, "tensors": len(a), "largest difference": float(f"{difference:.1e}"),
+        "relative to the change": float(f"{difference / change:.1e}"),
+    }  # fmt: skip
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mergekit", required=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mergekit", type=Path, default=None)
     wish = parser.parse_args()
-    command = str(Path(wish.mergekit).absolute())
+    peer = wish.mergekit or peer_python("mergekit", "mergekit==0.1.5", "transformers==5.23.0")
+    script = Path(__file__).parent.absolute() / "measuring" / "mergekit_run.py"
     warnings.simplefilter("ignore")
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.chdir(folder)
         models(folder)
-        base = load_file(folder / "base" / "model.safetensors")
-        print("| file | tensors | largest difference | relative to the change |\n|---|---|---|---|")
-        for number, (title, text) in enumerate(RECIPES.items()):
+        for number, text in enumerate(RECIPES.values()):
             (folder / f"{number}.yaml").write_text(text)
-            theirs, ours = folder / f"theirs{number}", folder / f"ours{number}"
-            done = subprocess.run(
-                [command, f"{number}.yaml", str(theirs), "--no-write-model-card", "-j", "1", "--random-seed", "0"],
-                capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
-            if done.returncode:
-                print(f"| {title} | mergekit: {done.stderr.strip().splitlines()[-1]} | | |")
+        refused = run_apart(peer.absolute(), script, folder)
+        base = load_file(folder / "base" / "model.safetensors")
+        for number, title in enumerate(track(RECIPES, description="the same files")):
+            if str(number) in refused:
+                rows.append({"file": title, "mergekit refuses": refused[str(number)]})
                 continue
-            merge_recipe(f"{number}.yaml", ours)
-            a, b = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
-            assert a.keys() == b.keys(), (title, a.keys() ^ b.keys())
-            assert all(a[key].dtype == b[key].dtype for key in a), title
-            if "moments" in title:
-                for what, moment in (("mean size", lambda t: t.abs().mean()), ("spread", lambda t: t.std())):
-                    ratios = [
-                        float(moment(b[k].float() - base[k]) / moment(a[k].float() - base[k])) for k in a if a[k].ndim == 2
-                    ]  # fmt: skip
-                    print(
-                        f"| {title}, {what} | {len(ratios)} | ours over theirs {min(ratios):.3f} to {max(ratios):.3f} | |"
-                    )
-                continue
-            differences = {key: float((a[key].float() - b[key].float()).abs().max()) for key in a}
-            worst = max(differences, key=lambda key: differences[key])
-            same = [key for key in a if key in base and base[key].shape == a[key].shape]
-            change = max(float((a[key].float() - base[key]).abs().max()) for key in same)
-            print(f"| {title} | {len(a)} | {differences[worst]:.1e} | {differences[worst] / change:.1e} |")
+            merge_recipe(folder / f"{number}.yaml", folder / f"ours{number}")
+            rows.append(compared(title, folder / f"ours{number}", folder / f"theirs{number}", base))
+    store("mergekit_recipes", {"repeat": "python benchmarks/mergekit_recipes.py", "the same files": rows})
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
 """Merging three 135M models: MB per CPU second and memory, beside mergekit and a plain loop in torch.
 
-    OMP_NUM_THREADS=1 python benchmarks/merging.py [--rounds 3]
+    OMP_NUM_THREADS=1 python benchmarks/merging.py [--rounds 3] [--dtypes bfloat16] [--methods ties] [--no-scopes]
 
 The embedded language model and three perturbed copies of it, in bfloat16 and float32. Each merge runs in a process of
-its own with one thread, in turns; imports are not counted. Writes benchmarks/results/merging.json.
+its own with one thread, in turns; imports are not counted. Writes benchmarks/results/merging.json, of which
+parts can be renewed alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import medians, peer_python, run_apart, store
+from measuring import medians, peer_python, run_apart, store, stored
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,6 +30,10 @@ METHODS = ("task_arithmetic", "ties", "dare_ties")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ARMS = ("gratis", "plain", "mergekit")
 SPEED = "MB of experts per CPU s"
+RATIOS = "MB per CPU second, ratios"
+SCOPES = "CPU seconds of TIES with a global threshold and with one per tensor"
+COPIES = "MB per CPU second, TIES to a plain copy of the same bytes"
+SPEEDS = "TIES on one thread beside memory and disk, wall time"
 
 
 def models(folder: Path, dtype: torch.dtype) -> list[Path]:
@@ -47,18 +55,60 @@ def models(folder: Path, dtype: torch.dtype) -> list[Path]:
     return made
 
 
+def bandwidth(folder: Path) -> dict[str, float]:
+    """MB per second of wall time that one thread copies in memory, and that the disk takes in and gives back."""
+    source, target = torch.ones(64_000_000), torch.empty(64_000_000)
+    target.copy_(source)
+    copied = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
+    data, path = memoryview(source.numpy()).cast("B"), folder / "probe"
+
+    def written() -> None:
+        with open(path, "wb", buffering=0) as file:
+            file.write(data)
+            os.fsync(file.fileno())
+
+    def read() -> None:
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(1 << 22):
+                pass
+
+    size = len(data) / 1e6
+    found = {
+        "memory, copied": size / copied, "disk, written": size / _seconds(written), "disk, read": size / _seconds(read)
+    }  # fmt: skip
+    path.unlink()
+    return {what: round(speed) for what, speed in found.items()}
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def joined(title: str, rows: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Stored rows with these in the place of those that say the same thing."""
+    old = {tuple(row.get(key) for key in by): row for row in stored("merging").get(title, [])}
+    return list({**old, **{tuple(row[key] for key in by): row for row in rows}}.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--no-scopes", action="store_true", help="leave out TIES' two scopes and the plain copy")
+    wish = parser.parse_args()
+    rounds = wish.rounds
     script = Path(__file__).parent / "measuring" / "merge_once.py"
     peer = peer_python("mergekit", "mergekit==0.1.5", "transformers==5.23.0")
     python = {"gratis": sys.executable, "plain": sys.executable, "mergekit": peer, "copy": sys.executable}
-    rows, ratios, scopes, copies = [], [], [], []
+    rows, ratios, scopes, copies, speeds = [], [], [], [], []
     with tempfile.TemporaryDirectory() as name:
-        for label, dtype in DTYPES.items():
+        for label in wish.dtypes:
             folder = Path(name) / label
-            inputs = models(folder, dtype)
+            inputs = models(folder, DTYPES[label])
             out = folder / "out"
 
             def measured(arm: str, method: str, inputs: list[Path] = inputs, out: Path = out) -> dict[str, Any]:
@@ -66,13 +116,15 @@ def main() -> None:
                 shutil.rmtree(out)
                 return found
 
-            for method in METHODS:
+            for method in wish.methods:
                 seen: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
                 for _ in track(range(rounds), description=f"{label} {method}"):
                     for arm in ARMS:
                         seen[arm].append(measured(arm, method))
                 middle = {arm: medians(found) for arm, found in seen.items()}
-                rows += [{"dtype": label, "method": method, "arm": arm, **middle[arm]} for arm in ARMS]
+                rows += [
+                    {"dtype": label, "method": method, "arm": arm, "rounds": rounds, **middle[arm]} for arm in ARMS
+                ]
                 speed = {arm: middle[arm][SPEED] for arm in ARMS}
                 ratios.append(
                     {
@@ -82,25 +134,33 @@ def main() -> None:
                         "gratis / plain torch": round(speed["gratis"] / speed["plain"], 2),
                     }
                 )
-            pairs = [("gratis", "ties"), ("gratis", "ties_per_tensor"), ("copy", "ties")]
-            own: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
-            for _ in track(range(rounds), description=f"{label} scopes and a plain copy"):
-                for pair in pairs:
-                    own[pair].append(measured(*pair))
-            speed = {pair: medians(found)[SPEED] for pair, found in own.items()}
-            time = {pair: medians(found)["CPU s"] for pair, found in own.items()}
-            scopes.append({"dtype": label, "global / per tensor": round(time[pairs[0]] / time[pairs[1]], 2)})
-            copies.append({"dtype": label, "TIES / plain copy": round(speed[pairs[0]] / speed[pairs[2]], 3)})
-    store(
-        "merging",
-        {
-            "repeat": "OMP_NUM_THREADS=1 python benchmarks/merging.py",
-            "three models merged": rows,
-            "MB per CPU second, ratios": ratios,
-            "CPU seconds of TIES with a global threshold and with one per tensor": scopes,
-            "MB per CPU second, TIES to a plain copy of the same bytes": copies,
-        },
-    )
+            if not wish.no_scopes:
+                pairs = [("gratis", "ties"), ("gratis", "ties_per_tensor"), ("copy", "ties")]
+                own: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
+                for _ in track(range(rounds), description=f"{label} scopes and a plain copy"):
+                    for pair in pairs:
+                        own[pair].append(measured(*pair))
+                speed = {pair: medians(found)[SPEED] for pair, found in own.items()}
+                spent = {pair: medians(found)["CPU s"] for pair, found in own.items()}
+                scopes.append({"dtype": label, "global / per tensor": round(spent[pairs[0]] / spent[pairs[1]], 2)})
+                copies.append({"dtype": label, "TIES / plain copy": round(speed[pairs[0]] / speed[pairs[2]], 3)})
+                found = bandwidth(folder)
+                # Base and three experts are read, one model is written.
+                moved = 5 / 3 * medians(own[pairs[0]])["MB of experts per wall s"]
+                speeds.append(
+                    {
+                        "dtype": label,
+                        "TIES, MB read and written per s": round(moved),
+                        **{f"{what}, MB/s": speed for what, speed in found.items()},
+                        "of the memory's": round(moved / found["memory, copied"], 3),
+                        "of the disk's": round(moved / found["disk, written"], 3),
+                    }
+                )
+    same = {"three models merged": ("dtype", "method", "arm"), RATIOS: ("dtype", "method")}
+    same |= {SCOPES: ("dtype",), COPIES: ("dtype",), SPEEDS: ("dtype",)}
+    fresh = {"three models merged": rows, RATIOS: ratios, SCOPES: scopes, COPIES: copies, SPEEDS: speeds}
+    content = {title: joined(title, fresh[title], by) for title, by in same.items()}
+    store("merging", {"repeat": "OMP_NUM_THREADS=1 python benchmarks/merging.py", **content})
 
 
 if __name__ == "__main__":

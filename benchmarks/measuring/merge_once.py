@@ -136,6 +136,7 @@ def main() -> None:
                 "CPU s": round(cpu, 2),
                 "wall s": round(wall, 2),
                 "MB of experts per CPU s": round(size / cpu, 1),
+                "MB of experts per wall s": round(size / wall, 1),
                 "peak anonymous memory above imports, MB": round(max(peak[0] - before, 0.0), 1),
             }
         )

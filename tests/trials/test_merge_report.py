@@ -208,3 +208,31 @@ def test_rows_of_tokens_are_compared_in_one_order(folder):
     recipe, found = merged(folder, "method: average\nexperts: [one, two]\ntokenizer: base\n")
     assert found["embed.weight"].sizes == (0, 0)
     assert plan_merge(recipe, folder / "other").bytes_written == 16
+
+
+def test_matrices_that_are_merged_by_singular_vectors_have_an_account(folder):
+    """Two changes of rank one along the same left vector, whose right vectors have a cosine of 0.6."""
+    u, v = torch.zeros(2, 64), torch.zeros(2, 64)
+    u[:, 0] = 1
+    v[0, 0], v[1, 0], v[1, 1] = 1, 0.6, 0.8
+    for place, (name, size) in enumerate((("one", 2.0), ("two", 3.0))):
+        tensors = {f"layers.{n}.w": size * torch.outer(u[place], v[place]) for n in range(3)}
+        save_file(tensors, folder / name / "model.safetensors")
+    save_file({f"layers.{n}.w": torch.zeros(64, 64) for n in range(3)}, folder / "base" / "model.safetensors")
+    (folder / "recipe.yaml").write_text("method: tsvm\nbase: base\nexperts: [one, two]\n")
+    recipe = load_recipe(folder / "recipe.yaml")
+    recipe.run(folder / "out")
+    statistics = merge_statistics(recipe, folder / "out")
+    assert [m.name for m in statistics.matrices] == ["layers.0.w", "layers.1.w", "layers.2.w"]
+    for matrix in statistics.matrices:
+        assert matrix.kept_energy == pytest.approx((1, 1))
+        assert matrix.interference == pytest.approx(0.6 * (2 + 3), rel=1e-4)
+        assert matrix.interference_after == pytest.approx(0, abs=1e-4)
+    assert "interference undone" in render(recipe, statistics)
+
+
+def test_other_merges_have_no_account(folder):
+    recipe, _ = merged(folder, "method: ties\nparameters: {density: 0.5}\nbase: base\nexperts: [one, two]\n")
+    statistics = merge_statistics(recipe, folder / "out")
+    assert statistics.matrices == ()
+    assert "interference" not in render(recipe, statistics)

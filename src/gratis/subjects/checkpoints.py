@@ -29,6 +29,8 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000
+MOST_TENSORS = 250_000
+"""Of a checkpoint; the largest mixtures of experts have about 100,000. Each costs about a kilobyte of memory."""
 MOST_DIMENSIONS = 64
 INDEX = "model.safetensors.index.json"
 PIPELINE = "model_index.json"
@@ -138,6 +140,7 @@ class Checkpoint(TensorSource):
                     if place.name in self.places:
                         raise FileError(f"{self.path}: tensor {place.name!r} is in two files.")
                     self.places[place.name] = place
+                _check_number(self.path, len(self.places))
         if not self.places:
             raise FileError(f"{self.path} holds no tensors.")
 
@@ -276,7 +279,15 @@ def read_header(file: Path, component: str = "") -> list[TensorPlace]:
     return [places[i] for i in order]
 
 
+def _check_number(path: Path, tensors: int) -> None:
+    if tensors > MOST_TENSORS:
+        raise FileError(
+            f"{path} holds {tensors:,} tensors, more than any model does; at most {MOST_TENSORS:,} are read."
+        )
+
+
 def _table(file: Path, text: bytes) -> dict[str, Any]:
+    _check_number(file, text.count(b'"data_offsets"'))
     try:
         header = json.loads(text)
         if isinstance(header, dict) and text.count(b'"data_offsets"') > len(header):

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -35,6 +35,8 @@ from gratis.trials.words import number
 
 TEMPLATE = Path(__file__).parent / "merge.html.jinja"
 PIECES, PIECE, BLOCK = 4, 16384, 65536
+MATRICES, LARGEST_MATRIX = 4, 2_000_000
+"""How many matrices are decomposed once more for an account of them, and elements of the largest."""
 PROBE = 64_000_000
 """Bytes that are read and written to see how fast the disk is."""
 
@@ -185,6 +187,20 @@ class TensorStatistics:
 
 
 @dataclass(frozen=True)
+class MatrixAccount:
+    """What a merge by singular vectors kept and undid of one matrix."""
+
+    name: str
+    ranks: tuple[int, ...]
+    """Per expert, the singular vectors that were kept."""
+    kept_energy: tuple[float, ...]
+    """Per expert, the share of its squared change that they hold."""
+    interference: float
+    """Overlap of the experts' singular vectors, the sum of |(U'U - I) S (V'V - I)|, before they are made orthogonal."""
+    interference_after: float
+
+
+@dataclass(frozen=True)
 class MergeStatistics:
     """The statistics of a merge, and what changes are measured from."""
 
@@ -195,6 +211,8 @@ class MergeStatistics:
     seconds: float
     """What taking them cost."""
     bytes_read: int
+    matrices: tuple[MatrixAccount, ...] = ()
+    """Of a few matrices, for methods that merge by singular vectors."""
 
 
 def merge_statistics(
@@ -218,6 +236,7 @@ def merge_statistics(
                 made.append(statistics)
                 read += size
             tell(len(made) / total, f"statistics of {name}")
+    matrices = [made for portion in found for made in _accounts(portion, base, experts)]
     order = {name: place for place, name in enumerate(reference.places)}
     made.sort(key=lambda t: order[t.name])
     return MergeStatistics(
@@ -226,7 +245,28 @@ def merge_statistics(
         tuple(made),
         time.perf_counter() - began,
         read,
+        tuple(matrices),
     )
+
+
+def _accounts(portion: Portion, base: Any, experts: Sequence[Any]) -> Iterator[MatrixAccount]:
+    """Accounts of a few matrices, from the first layer to the last, if the method gives any."""
+    account = getattr(portion.method, "account", None)
+    if account is None or base is None:
+        return
+    shapes = {name: base.places[name].shape for name in portion.names}
+    whole = [
+        name for name, shape in shapes.items()
+        if len(shape) == 2 and math.prod(shape) <= LARGEST_MATRIX and portion.method.unit(name, shape) == "tensor"
+    ]  # fmt: skip
+    for name in sorted({whole[place * (len(whole) - 1) // max(MATRICES - 1, 1)] for place in range(MATRICES) if whole}):
+        origin = base.tensor(name).float()
+        changes = [
+            (experts[place].tensor(name).float() - origin) * weight
+            for place, weight in zip(portion.experts, portion.weights, strict=True)
+        ]
+        found = account(changes)
+        yield MatrixAccount(name, found.ranks, found.kept_energy, found.interference, found.interference_after)
 
 
 def _pieces(elements: int) -> list[tuple[int, int]]:
@@ -421,10 +461,14 @@ def render(
             Markup(heat_map(tensors, lambda t: sum(t.trimmed) / max(len(t.trimmed), 1), 0.0, 1.0)),
         ),
     ]
+    seen = statistics.matrices
+    before, after = (sum(getattr(m, what) for m in seen) for what in ("interference", "interference_after"))
+    interference = [("interference undone", f"{before:.3g} → {after:.3g}", f"in {len(seen)} matrices")] if seen else []
     tiles = [
         ("tensors combined", f"{len(tensors):,}", f"{elements:,} weights"),
         ("sign disagreement", _percent(mean(lambda t: t.sign_disagreement)), "of entries changed by two experts"),
         ("cosine of changes", _plain(mean(lambda t: t.cosine)), "mean over pairs, by weights"),
+        *interference,
         ("merged in", number(seconds, "s"), f"statistics took {number(statistics.seconds, 's')}"),
     ]
     rows = [

@@ -17,6 +17,7 @@ from gratis.contract.errors import FileError, InputError, ParameterError, Unknow
 from gratis.contract.method import MergePart
 from gratis.methods.merging.dare import drop
 from gratis.methods.merging.ties import Negative
+from gratis.subjects import checkpoints, merge_engine
 from gratis.subjects.checkpoints import Checkpoint, read_header
 from gratis.subjects.merging import merge, merge_recipe, merge_state_dicts
 from gratis.subjects.selection import Stretch, _by_bits, largest
@@ -198,6 +199,47 @@ def save(folder, base, experts, **config):
         (folder / name / "config.json").write_text(json.dumps({"model_type": "tiny", **config}))
 
 
+def test_several_devices_share_the_elements_and_the_bytes_are_the_same(monkeypatch):
+    """Two names of the processor stand for two devices: each has tensors of its own."""
+    devices = (torch.device("cpu"), torch.device("cpu:0"))
+    parts = [Stretch("w", at * 10, 10 if at % 3 else 30) for at in range(31)]
+    given = {device: 0 for device in devices}
+    for part, device in zip(parts, merge_engine.placed(parts, devices), strict=True):
+        given[device] += part.count
+    assert abs(given[devices[0]] - given[devices[1]]) <= 30
+
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = [{"w": torch.randn(400_000, generator=generator)} for _ in range(4)]
+    alone = merge_state_dicts(gratis.TIES(density=0.3), experts, base, stretch=65536)
+    seen, real = set(), merge_engine.Engine._buffers
+
+    def buffers(self, count):
+        seen.add(getattr(self._scratch, "device", devices[0]))
+        return real(self, count)
+
+    monkeypatch.setattr(merge_engine, "_device", torch.device)
+    monkeypatch.setattr(merge_engine.Engine, "_buffers", buffers)
+    shared = merge_state_dicts(
+        gratis.TIES(density=0.3), experts, base, stretch=65536, device=[str(device) for device in devices]
+    )
+    assert seen == set(devices)
+    assert torch.equal(alone["w"], shared["w"])
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("mars", "device must be cpu"),
+        ("mps", "device must be cpu"),
+        ("cuda:99", "There is no device cuda:99"),
+        ([], "at least"),
+    ],
+)
+def test_devices_that_are_not_there(device, message):
+    with pytest.raises(ParameterError, match=message):
+        merge_state_dicts(gratis.Average(), [{"w": torch.ones(3)}], device=device)
+
+
 @pytest.fixture
 def saved(tmp_path):
     save(tmp_path, *models())
@@ -283,6 +325,25 @@ def test_a_header_of_very_many_tensors(tmp_path):
     path = tmp_path / "many.safetensors"
     path.write_bytes(header(entries))
     assert len(read_header(path)) == 100_000
+
+
+def test_a_header_of_a_million_tensors_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    entry = '"t%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    header = ("{" + ",".join(entry % number for number in range(1_000_000)) + "}").encode()
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    monkeypatch.setattr(json, "loads", lambda text: pytest.fail("the header was parsed"))
+    with pytest.raises(
+        FileError, match=r"holds 1,000,000 tensors, more than any model does; at most 250,000 are read\."
+    ):
+        Checkpoint(tmp_path / "m.safetensors")
+
+
+def test_tensors_are_counted_over_all_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "MOST_TENSORS", 3)
+    for number in range(2):
+        save_file({f"{number}{name}": torch.ones(1) for name in "ab"}, tmp_path / f"part{number}.safetensors")
+    with pytest.raises(FileError, match="holds 4 tensors"):
+        Checkpoint(tmp_path)
 
 
 def test_different_architectures_and_tokenizers(saved):
