@@ -28,7 +28,7 @@ from gratis.subjects import branching
 from gratis.subjects.branching import Text
 from gratis.subjects.text import documentation, tokens_of
 
-TRIALS, LENGTH, ROUNDS, PREFIXES = 5, 12, 9, (128, 512, 2048)
+TRIALS, LENGTH, ROUNDS, PREFIXES = 5, 12, 5, (128, 512, 2048)
 NEW, TEMPERATURE = 64, 0.8
 
 

@@ -30,7 +30,7 @@ from gratis.subjects.sandbox import run_all
 from gratis.tasks.human_eval import problems, written_code
 from gratis.tasks.reasoning import encoded
 
-PROBLEMS, SEED, SAMPLES, LONGEST, TEMPERATURE = 164, 0, 8, 200, 0.8
+PROBLEMS, SEED, SAMPLES, LONGEST, TEMPERATURE = 23, 0, 8, 200, 0.8
 NAME = "human-eval"
 
 
@@ -78,7 +78,7 @@ def rates(posed: list[Any], found: dict[str, dict[int, dict[str, Any]]]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--problems", type=int, default=PROBLEMS)
+    parser.add_argument("--problems", type=int, default=PROBLEMS, help="at most 164")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--items", type=Path, default=cache_folder() / "benchmarks" / "human-eval")
     parser.add_argument("--only", nargs="*", default=[], metavar="ARM")

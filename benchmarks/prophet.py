@@ -26,7 +26,7 @@ from gratis.methods.decoding.prophet import calibrate
 from gratis.subjects.masked_diffusion_door import generate
 from gratis.zoo.masked_arithmetic import ANSWER, SUFFIX, SUFFIX_PLACE, WINDOW, by_prompt_length, sums
 
-PROBLEMS, CALIBRATION, TIMED, SEED = 512, 64, 16, 2_000_003
+PROBLEMS, CALIBRATION, TIMED, SEED = 128, 32, 8, 2_000_003
 FULL = "full schedule, 32 steps"
 
 

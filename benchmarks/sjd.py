@@ -24,7 +24,7 @@ from gratis.subjects.text import documentation
 from gratis.tasks.sampled_pictures import picture
 from gratis.zoo.sprites_tokens import SIDE, TOKENS, WORLD, prompts, said
 
-PICTURES, RESPONSES, NEW = 12, 4, 48
+PICTURES, RESPONSES, NEW = 8, 2, 32
 PLAIN = "plain sampling"
 
 
@@ -32,10 +32,11 @@ def arms(width: int | None) -> dict[str, Any]:
     """Methods by name; neighbours in rows of `width` where there are rows."""
     draws = {"temperature": 1.0, "top_p": 1.0}
     found = {PLAIN: gratis.Sampling(**draws)}
-    found |= {f"window {window}": gratis.SJD(window=window, **draws) for window in (4, 8, 16, 32)}
+    windows = (4, 16) if width is None else (4, 8, 16, 32)
+    found |= {f"window {window}": gratis.SJD(window=window, **draws) for window in windows}
     found["window 16, random drafts by their own law"] = gratis.SJD(window=16, random_law="uniform", **draws)
-    found["window 16, plain Jacobi"] = gratis.SJD(window=16, accept="match", **draws)
     if width is not None:
+        found["window 16, plain Jacobi"] = gratis.SJD(window=16, accept="match", **draws)
         for initial in ("repeat_horizon", "sample_horizon", "repeat_vertical", "sample_vertical"):
             found[f"window 16, {initial}"] = gratis.SJD(window=16, initial=initial, width=width, **draws)
     return found

@@ -84,6 +84,7 @@ class SJD(Decoding):
                 metric="passes_per_token",
                 at_most=0.75,
                 parameters={"random_law": "uniform"},
+                task_parameters={"pictures": 60},
             ),
             Claim(
                 name="their tokens have the distribution of plain guided sampling (smallest p-value, corrected)",
@@ -91,6 +92,7 @@ class SJD(Decoding):
                 metric="p_value",
                 at_least=0.01,
                 parameters={"random_law": "uniform"},
+                task_parameters={"pictures": 60},
             ),
         ),
     )

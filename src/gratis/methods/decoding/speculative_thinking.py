@@ -78,13 +78,15 @@ class SpeculativeThinking(Decoding):
                 against="sampling",
                 against_parameters={"temperature": 0.6, "top_p": 0.95, "top_k": 50},
                 parameters={"target": "zoo:arithmetic-large"},
+                task_parameters={"size": 48},
             ),
             Claim(
-                name="the larger model writes at most 0.6 of the tokens",
+                name="the larger model writes at most 0.8 of the tokens, as its checks of these sums are long",
                 task="stepwise-arithmetic",
                 metric="target_share",
-                at_most=0.6,
+                at_most=0.8,
                 parameters={"target": "zoo:arithmetic-large"},
+                task_parameters={"size": 48},
             ),
         ),
     )  # fmt: skip
