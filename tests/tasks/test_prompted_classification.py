@@ -9,6 +9,7 @@ import torch
 
 from gratis.contract.errors import ParameterError, SubjectError
 from gratis.subjects.opening import set_tokenizer
+from gratis.subjects.prompted_answers import word_tokens
 from gratis.tasks.prompted_classification import (
     CLASSES,
     PromptedClassification,
@@ -65,11 +66,13 @@ def test_forms_of_the_prompt():
         prompts_of(model, "questions", ["Who?"], "begun")
 
 
-def test_words_that_begin_alike_are_refused():
+def test_tokens_that_begin_several_words_are_left_out():
     model = tiny.tiny_language_model()
     set_tokenizer(model, Letters())
+    first = [[Letters()(one).input_ids[0] for one in (name, name.capitalize())] for name in CLASSES["reviews"]]
+    assert answer_tokens(model, "reviews") == [sorted(tokens) for tokens in first]
     with pytest.raises(SubjectError, match="begin with the same token"):
-        answer_tokens(model, "questions")
+        word_tokens(model, ["person", "place"])
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from gratis.cli.generating import generate
 from gratis.cli.merging import merge
 from gratis.cli.planning import plan
 from gratis.cli.recipes import recipes
+from gratis.cli.tuning import tune
 
 if TYPE_CHECKING:
     from gratis.trials.trial import Trial
@@ -31,6 +32,7 @@ app.add_typer(recipes, name="recipe")
 app.command()(plan)
 app.command()(generate)
 app.command()(merge)
+app.command()(tune)
 
 MethodName = Annotated[str, typer.Argument(metavar="NAME", autocompletion=arguments.complete_method)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

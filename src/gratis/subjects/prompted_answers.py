@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gratis.contract.errors import InputError
+from gratis.contract.errors import InputError, SubjectError
 from gratis.subjects.language import input_device
 from gratis.subjects.token_statistics import entropy
 
@@ -54,6 +54,28 @@ def token_rows(model: Any, prompts: Prompts) -> list[Tensor]:
     if not rows or not all(len(row) for row in rows):
         raise InputError("There must be at least one prompt, and none may be empty.")
     return rows
+
+
+def word_tokens(model: Any, words: Sequence[str]) -> list[list[int]]:
+    """Per class the tokens that begin its word, written in any case and with or without a space before it.
+
+    Tokens that begin several words tell nothing and are left out. Raises SubjectError where a word has no other.
+    """
+    from gratis.subjects import tokenizer_of
+
+    tokenizer = tokenizer_of(model)
+    found = [
+        {
+            tokenizer(space + written, add_special_tokens=False).input_ids[0]
+            for space in ("", " ")
+            for written in (word, word.capitalize())
+        }
+        for word in words
+    ]
+    shared = {token for at, tokens in enumerate(found) for token in tokens if any(token in o for o in found[:at])}
+    if any(not tokens - shared for tokens in found):
+        raise SubjectError(f"Some of the words {', '.join(words)} begin with the same token of this tokenizer.")
+    return [sorted(tokens - shared) for tokens in found]
 
 
 @torch.no_grad()

@@ -146,27 +146,10 @@ def prompts_of(model: Any, data: str, texts: list[str], form: str) -> list[Any]:
 
 
 def answer_tokens(model: Any, data: str) -> list[list[int]]:
-    """Per class the tokens that begin its word, written in any case and with or without a space before it.
+    """Per class the tokens that begin its word. Raises SubjectError where two begin alike."""
+    from gratis.subjects.prompted_answers import word_tokens
 
-    Raises SubjectError where the first token of one class is that of another.
-    """
-    from gratis.subjects import tokenizer_of
-
-    tokenizer = tokenizer_of(model)
-    found = [
-        sorted(
-            {
-                tokenizer(space + written, add_special_tokens=False).input_ids[0]
-                for space in ("", " ")
-                for written in (word, word.capitalize())
-            }
-        )
-        for word in CLASSES[data]
-    ]
-    every = [token for tokens in found for token in tokens]
-    if len(set(every)) < len(every):
-        raise SubjectError(f"The words {', '.join(CLASSES[data])} begin with the same token of this tokenizer.")
-    return found
+    return word_tokens(model, CLASSES[data])
 
 
 @functools.cache
