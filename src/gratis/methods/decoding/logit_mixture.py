@@ -233,7 +233,11 @@ class LogitMixture(Attachable):
         self.check(subject)
         if not self.experts:
             return self
-        ids = torch.as_tensor(tokenizer_of(subject)(text, verbose=False).input_ids) if isinstance(text, str) else text.flatten()
+        ids = (
+            torch.as_tensor(tokenizer_of(subject)(text, verbose=False).input_ids)
+            if isinstance(text, str)
+            else text.flatten()
+        )
         if len(ids) < 2:
             raise InputError("Weights are found from a text of at least 2 tokens.")
         models = [subject, *self._opened(subject)[0]]
