@@ -20,7 +20,7 @@ def test_every_model_is_small_licensed_and_described(name):
     assert not [file for file in folder.rglob("*") if file.suffix in {".bin", ".pt", ".pkl", ".pth"}]
     figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     assert figures["steps"] >= 200
-    assert figures["cpu_seconds"] < 1800
+    assert figures.get("CPU minutes of a training", figures["cpu_seconds"] / 60) < 30
     assert all(f"| {value} |" in card for value in figures.values())
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gratis.zoo.arithmetic import CHARACTERS, OPENINGS, PIECES, Problem, accuracy, problems, solution
 from gratis.zoo.text import character_tokenizer
-from gratis.zoo.train.loop import Average, arguments, fit, kept, save_half, started, together, write_card
+from gratis.zoo.train.loop import Average, arguments, fit, note_pace, save_half, started, together, write_card
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +184,12 @@ def main() -> None:
         model.load_state_dict(average.module.state_dict())
     name = f"arithmetic-{wish.size}"
     folder = wish.out / name
-    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, **together(runs)})
-    if not wish.measure:
-        save_half(model, folder)
-        tokenizer.save_pretrained(folder)
+    if wish.pace:
+        note_pace(folder, together(runs, wish.device))
+        return
+    figures = {"seed": wish.seed, "batch": wish.batch, **together(runs, wish.device)}
+    save_half(model, folder)
+    tokenizer.save_pretrained(folder)
     saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(wish.device).eval()
     asked = problems(512 if figures["steps"] > 100 else 4, TEST_SEED)
     write_card(

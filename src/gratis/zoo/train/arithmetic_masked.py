@@ -18,14 +18,14 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM
 from gratis.zoo.arithmetic import CHARACTERS, PIECES
 from gratis.zoo.masked_arithmetic import ANSWER, WINDOW, by_prompt_length, decode, sums
 from gratis.zoo.text import character_tokenizer
-from gratis.zoo.train.loop import Average, Examples, arguments, fit, kept, save_half, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, note_pace, save_half, write_card
 
 SUMS = 100_000
 TEST_SEED = 1_000_003
 MASK = 4
 
 
-def language_model(vocabulary: int, hidden: int = 96, layers: int = 4) -> ModernBertForMaskedLM:
+def language_model(vocabulary: int, hidden: int = 128, layers: int = 4) -> ModernBertForMaskedLM:
     """Four heads and rotary positions; every layer attends to everything."""
     config = ModernBertConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
@@ -65,10 +65,10 @@ def main() -> None:
     """Train, save, measure as saved."""
 
     def more(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--hidden", type=int, default=96, help="width")
+        parser.add_argument("--hidden", type=int, default=128, help="width")
         parser.add_argument("--layers", type=int, default=4)
 
-    wish = arguments(__doc__ or "", steps=3000, batch=128, rate=2e-3, more=more)
+    wish = arguments(__doc__ or "", steps=2500, batch=128, rate=1e-3, more=more)
     tokenizer = character_tokenizer(CHARACTERS, 128, mask=True, pieces=PIECES)
     model = language_model(len(tokenizer), wish.hidden, wish.layers).to(wish.device)
     model.set_attn_implementation("sdpa")
@@ -89,10 +89,12 @@ def main() -> None:
         loss_at, model.parameters(), steps=wish.steps, rate=wish.rate, averages=[average], seconds=wish.seconds
     )
     folder = wish.out / "arithmetic-masked"
-    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **figures})
-    if not wish.measure:
-        save_half(average.module, folder)
-        tokenizer.save_pretrained(folder)
+    if wish.pace:
+        note_pace(folder, figures)
+        return
+    figures = {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **figures}
+    save_half(average.module, folder)
+    tokenizer.save_pretrained(folder)
     saved = ModernBertForMaskedLM.from_pretrained(folder, dtype=torch.float32).to(wish.device).eval()
     write_card(
         folder, "arithmetic-masked",

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 PACED = 20
-"""Steps that `--measure` takes to find the pace."""
+"""Steps that `--pace` takes."""
+
+_RULE = "| --- | --- |\n"
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
@@ -27,11 +29,11 @@ def arguments(
     rate: float,
     more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> argparse.Namespace:
-    """The flags of every script (--steps, --batch, --rate, --seed, --threads, --device, --seconds, --measure, --out)
-    and `more`.
+    """The flags of every script (--steps, --batch, --rate, --seed, --threads, --device, --seconds, --pace, --out) and
+    `more`.
 
     `--seconds` is for machines lent for a while: the learning rate then reaches zero at the latest when they are over.
-    `--measure` trains nothing: it measures the weights in `--out` and the pace of a training here (see `kept`).
+    `--pace` changes no weights: a few steps tell what the training costs here, for the card in `--out`.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps")
@@ -41,11 +43,11 @@ def arguments(
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="where the training runs: cpu or cuda")
     parser.add_argument("--seconds", type=float, default=math.inf, help="longest wall time of the steps")
-    parser.add_argument("--measure", action="store_true", help="write the card of the weights in --out anew")
+    parser.add_argument("--pace", action="store_true", help="only note in the card what a training costs here")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that gets the model's folder")
     more(parser)
     found = parser.parse_args()
-    if found.measure:
+    if found.pace:
         found.steps = PACED
     torch.set_num_threads(found.threads)
     torch.manual_seed(found.seed)
@@ -140,38 +142,46 @@ def fit(
     }
 
 
-def kept(wish: argparse.Namespace, folder: Path, figures: dict[str, Any]) -> dict[str, Any]:
-    """With `--measure` the figures of the training that made the folder's weights, and what the same costs here.
-
-    `figures` are those of this run: its steps were thrown away, their pace counts. Without `--measure` they are the
-    training's, and are returned as they are.
-    """
-    if not wish.measure:
-        return figures
-    before = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+def note_pace(folder: Path, figures: dict[str, float]) -> None:
+    """Add to a model's card what its training costs on this machine's processor, from `figures` of a few steps of it."""
+    known = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     pace = figures["cpu_seconds"] / figures["steps"]
-    return {
-        **{name: before[name] for name in [*figures, "trained on"] if name in before},
+    known |= {
         "CPU seconds per step": round(pace, 3),
-        "CPU minutes of a training": round(pace * before["steps"] / 60, 1),
+        "CPU minutes of a training": round(pace * known["steps"] / 60, 1),
     }
+    head, _, rest = (folder / "README.md").read_text(encoding="utf-8").partition(_RULE)
+    tail = rest[rest.index("\n\n") :]
+    (folder / "README.md").write_text(f"{head}{_RULE}{_rows(known)}{tail}", encoding="utf-8")
+    (folder / "figures.json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    print(f"{known['CPU minutes of a training']} CPU minutes for {known['steps']} steps")
 
 
-def started(folder: Path | None) -> dict[str, float]:
-    """What the training of the model in `folder`, which another goes on from, has cost: steps and seconds."""
+def _rows(figures: dict[str, Any]) -> str:
+    return "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items())
+
+
+def started(folder: Path | None) -> dict[str, Any]:
+    """What the training of the model in `folder`, which another goes on from, has cost, and where it ran."""
     if folder is None:
         return {}
     before = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
-    return {name: before[name] for name in ("steps", "seconds", "cpu_seconds")}
+    return {name: before[name] for name in ("trained on", "steps", "seconds", "cpu_seconds")}
 
 
-def together(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Steps and seconds of stages that followed one another, and the last one's loss."""
+def together(runs: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
+    """Steps and seconds of stages that followed one another, where they ran, and the last one's loss."""
+    before = runs[0].get("trained on")
     costs = {
         name: round(sum(run.get(name, 0) for run in runs), 1 if name != "steps" else None)
         for name in ("steps", "seconds", "cpu_seconds")
     }
-    return {**costs, "loss": runs[-1]["loss"]}
+    where = _name_of(device) if before is None else f"{before}, the last stage {_name_of(device)}"
+    return {"trained on": where, **costs, "loss": runs[-1]["loss"]}
+
+
+def _name_of(device: str) -> str:
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def save_half(model: Any, folder: Path) -> None:
@@ -197,10 +207,8 @@ def write_card(
     `script` is the training module's name where it differs from the model's, `flags` what it was called with.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    where = "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
-    figures = {"trained on": where, **figures}
+    figures = {"trained on": _name_of(device), **figures}
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items())
     text = f"""---
 license: apache-2.0
 library_name: {"diffusers" if (folder / "model_index.json").exists() else "transformers"}
@@ -215,10 +223,9 @@ library_name: {"diffusers" if (folder / "model_index.json").exists() else "trans
 - Weights: {size / 1e6:.2f} MB, float16, licence Apache-2.0
 
 | figure | value |
-| --- | --- |
-{rows}
+{_RULE}{_rows(figures)}
 
-Trained and measured in {precision} by this command (torch {torch.__version__}). Minutes are those of one thread.
+Trained and measured by this command in {precision}, torch {torch.__version__}. CPU times are those of one thread.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel,
 from gratis.zoo.captioning import SAID, TOKENS, WORLD, captions, pixel_values, reference
 from gratis.zoo.sprites import SHAPES, Scene, Scenes, World, agreement, caption, consistent, render, words
 from gratis.zoo.text import word_tokenizer
-from gratis.zoo.train.loop import Average, Examples, arguments, fit, kept, save_half, started, together, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, note_pace, save_half, started, together, write_card
 
 PICTURES = 40_000
 TEST = 1_000_000
@@ -135,10 +135,12 @@ def main() -> None:
         runs += [train(0, ALL, True), train(1, ALL, False)]
     runs.append(train(2, WORLD, False))
     folder = wish.out / "sprites-captioner"
-    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **together(runs)})
-    if not wish.measure:
-        save_half(model, folder)
-        tokenizer.save_pretrained(folder)
+    if wish.pace:
+        note_pace(folder, together(runs, wish.device))
+        return
+    figures = {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **together(runs, wish.device)}
+    save_half(model, folder)
+    tokenizer.save_pretrained(folder)
     saved = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32).to(wish.device).eval()
     write_card(
         folder, "sprites-captioner",

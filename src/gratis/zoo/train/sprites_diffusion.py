@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from gratis.zoo.sprites import World, ambiguous_caption, render, words
 from gratis.zoo.sprites_tokens import pixels
 from gratis.zoo.text import word_tokenizer
-from gratis.zoo.train.loop import Average, Examples, arguments, fit, kept, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, note_pace, write_card
 
 WORLD = World(sizes=("medium", "large"), seed=11)
 SAID = {"size": 0.5, "colour": 1.0, "shape": 1.0, "position": 0.7}
@@ -171,17 +171,11 @@ def main() -> None:
     parameters = sum(weight.numel() for weight in [*pipeline.unet.parameters(), *pipeline.text_encoder.parameters()])
     print(f"{parameters} parameters", flush=True)
     folder: Path = wish.out / "sprites-diffusion"
-    figures = kept(
-        wish, folder,
-        {
-            "seed": wish.seed, "batch": wish.batch, "rate": wish.rate,
-            **train(pipeline, shown, captions.view(len(scenes), WORDINGS, TOKENS), wish),
-            "autoencoder steps": vae_figures["steps"], "autoencoder CPU seconds": vae_figures["cpu_seconds"],
-            "autoencoder PSNR in dB": round(-10 * torch.tensor(error).log10().item(), 2),
-        },
-    )  # fmt: skip
-    if not wish.measure:
-        pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    figures = train(pipeline, shown, captions.view(len(scenes), WORDINGS, TOKENS), wish)
+    if wish.pace:
+        note_pace(folder, figures)
+        return
+    pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
     pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32).to(wish.device)
     pipeline.set_progress_bar_config(disable=True)
     whole = figures["steps"] > 100
@@ -194,7 +188,10 @@ def main() -> None:
         f"procedural, `gratis.zoo.sprites.World(sizes=('medium', 'large'), seed=11)`, tests from scene {TEST:,}",
         "`gratis.open('zoo:sprites-diffusion')(\"a large red circle\").images[0]`",
         {
-            "parameters of U-Net and text model": parameters, **figures, **measured,
+            "parameters of U-Net and text model": parameters, "seed": wish.seed, "batch": wish.batch,
+            "rate": wish.rate, **figures, "autoencoder steps": vae_figures["steps"],
+            "autoencoder CPU seconds": vae_figures["cpu_seconds"],
+            "autoencoder PSNR in dB": round(-10 * torch.tensor(error).log10().item(), 2), **measured,
         },
         device=wish.device,
     )  # fmt: skip

@@ -28,7 +28,7 @@ from gratis.zoo.sprites_tokens import (
     unconditional,
 )
 from gratis.zoo.text import word_tokenizer
-from gratis.zoo.train.loop import Average, Examples, arguments, fit, kept, save_half, write_card
+from gratis.zoo.train.loop import Average, Examples, arguments, fit, note_pace, save_half, write_card
 
 PICTURES = 30_000
 TEST = 1_000_000
@@ -56,7 +56,7 @@ def main() -> None:
         parser.add_argument("--layers", type=int, default=4)
         parser.add_argument("--vq", type=Path, help="folder of sprites-vq; default: the one that is installed")
 
-    wish = arguments(__doc__ or "", steps=2500, batch=64, rate=2e-3, more=more)
+    wish = arguments(__doc__ or "", steps=3000, batch=64, rate=2e-3, more=more)
     tokenizer = word_tokenizer(VOCABULARY, PROMPT + TOKENS)
     if wish.vq is None:
         vq = load("sprites-vq", device=wish.device)
@@ -82,10 +82,12 @@ def main() -> None:
         loss_at, model.parameters(), steps=wish.steps, rate=wish.rate, averages=[average], seconds=wish.seconds
     )
     folder = wish.out / "sprites-prior"
-    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **figures})
-    if not wish.measure:
-        save_half(average.module, folder)
-        tokenizer.save_pretrained(folder)
+    if wish.pace:
+        note_pace(folder, figures)
+        return
+    figures = {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **figures}
+    save_half(average.module, folder)
+    tokenizer.save_pretrained(folder)
     saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(wish.device).eval()
     scenes = WORLD.scenes(TEST, TEST + (512 if figures["steps"] > 100 else 4))
     asked = prompts(tokenizer, [said(scene) for scene in scenes]).to(wish.device)

@@ -14,7 +14,7 @@ from gratis.zoo import load
 from gratis.zoo.sprites import render
 from gratis.zoo.sprites_classifier import classify
 from gratis.zoo.sprites_tokens import CODES, FIRST_CODE, SIDE, WORLD, decode, encode, pixels
-from gratis.zoo.train.loop import Examples, arguments, fit, kept, save_half, write_card
+from gratis.zoo.train.loop import Examples, arguments, fit, note_pace, save_half, write_card
 
 PICTURES = 30_000
 TEST = 1_000_000
@@ -52,7 +52,7 @@ def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--channels", type=int, nargs=3, default=(24, 32, 48), help="at 32, 16 and 8 pixels")
 
-    wish = arguments(__doc__ or "", steps=1500, batch=48, rate=2e-3, more=more)
+    wish = arguments(__doc__ or "", steps=1800, batch=48, rate=2e-3, more=more)
     model = autoencoder(tuple(wish.channels)).to(wish.device)
     usage = Usage(wish.device)
     shown = torch.from_numpy(render(WORLD.scenes(0, min(PICTURES, wish.steps * wish.batch)), 32).images)
@@ -75,9 +75,11 @@ def main() -> None:
 
     figures = fit(loss_at, model.parameters(), steps=wish.steps, rate=wish.rate, seconds=wish.seconds)
     folder = wish.out / "sprites-vq"
-    figures = kept(wish, folder, {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **figures})
-    if not wish.measure:
-        save_half(model, folder)
+    if wish.pace:
+        note_pace(folder, figures)
+        return
+    figures = {"seed": wish.seed, "batch": wish.batch, "rate": wish.rate, **figures}
+    save_half(model, folder)
     saved = VQModel.from_pretrained(folder, torch_dtype=torch.float32).to(wish.device).eval()
     scenes = WORLD.scenes(TEST, TEST + 512)
     images = render(scenes, 32).images
