@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -132,6 +132,11 @@ class Survey(Protocol):
     @property
     def experts(self) -> int:
         """Number of experts."""
+        ...
+
+    @property
+    def each(self) -> Sequence[Any]:
+        """The method with the parameters of each expert, which may have their own."""
         ...
 
     def sums(self, measure: Callable[[list[Tensor], MergePart], Tensor]) -> dict[str, tuple[float, ...]]:

@@ -430,6 +430,7 @@ class _Survey:
         self._engine, self._method, self._names = engine, method, names
         self.tensors = {name: engine._inputs.reference.places[name].shape for name in names}
         self.experts = len(engine._inputs.experts)
+        self.each = [engine._own(method, number) for number in range(self.experts)]
 
     def sums(self, measure: Callable[[list[Tensor], MergePart], Tensor]) -> dict[str, tuple[float, ...]]:
         parts = [part for name in self._names for part in self._engine._stretches(name)]

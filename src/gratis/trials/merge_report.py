@@ -291,9 +291,9 @@ def _changes(
     return changes, origins
 
 
-def _prepared(portion: Portion, name: str, start: int, change: Tensor, place: int) -> Tensor:
+def _prepared(portion: Portion, name: str, shape: tuple[int, ...], start: int, change: Tensor, place: int) -> Tensor:
     own = portion.each[place] if portion.each else portion.method
-    if not own.needs_base:
+    if not own.needs_base or own.unit(name, shape) != "stretch":
         return change
     values = change.clone()
     own.prepare(values, place, MergePart(name, start, portion.weights))
@@ -342,7 +342,10 @@ def _of_tensor(
     n = len(portion.experts)
     each = [torch.cat([piece[i] for piece in changes]) if changes else torch.empty(0) for i in range(n)]
     ready = [
-        torch.cat([_prepared(portion, name, start, piece[i], i) for (start, _), piece in zip(pieces, changes, strict=True)])
+        torch.cat([
+            _prepared(portion, name, place_of.shape, start, piece[i], i)
+            for (start, _), piece in zip(pieces, changes, strict=True)
+        ])
         if changes else torch.empty(0)
         for i in range(n)
     ]  # fmt: skip

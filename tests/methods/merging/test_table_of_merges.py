@@ -15,6 +15,7 @@ from gratis.methods.merging.fisher import fisher_information
 from gratis.methods.merging.matrices import interference, orthonormal
 from gratis.methods.merging.r_tsvm import outlier_weights, shared_out
 from gratis.methods.merging.reg_mean import gram_matrices
+from gratis.subjects.merge_rules import Rule
 from gratis.subjects.merging import merge_state_dicts
 from tests.methods.merging.reference import trimmed
 from tests.methods.merging.test_merging import assert_close, floats, models
@@ -465,3 +466,27 @@ def test_fisher_and_regmean_take_what_they_need_from_inputs(tmp_path):
     torch.testing.assert_close(got, expected)
     with pytest.raises(InputError, match="at least one example"):
         gratis.Fisher().from_inputs(models, [[], []], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (gratis.TIES(density=0.2), gratis.TIES(density=0.9)),
+        (gratis.DARE(density=0.2), gratis.DARE(density=0.9)),
+        (gratis.DARETIES(density=0.2), gratis.DARETIES(density=0.9)),
+        (gratis.Breadcrumbs(density=0.2, outliers=0.1), gratis.Breadcrumbs(density=0.6, outliers=0.3)),
+        (gratis.BreadcrumbsTIES(density=0.2), gratis.BreadcrumbsTIES(density=0.9)),
+        (gratis.DELLA(density=0.3), gratis.DELLA(density=0.8)),
+        (gratis.DELLALinear(density=0.3), gratis.DELLALinear(density=0.8)),
+    ],
+    ids=lambda method: method.name,
+)
+def test_every_expert_has_the_density_that_is_its_own(one, other):
+    """With a weight of 0 for the rest, a merge is that of the one expert with its own parameters."""
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = [{"w": torch.randn(40, 50, generator=generator)} for _ in range(3)]
+    for weights, own in (((1.0, 0.0), one), ((0.0, 1.0), other)):
+        rules = [Rule(("*",), one, weights=weights, each=(one, other))]
+        got = merge_state_dicts(one, experts, base, rules=rules)["w"]
+        assert torch.equal(got, merge_state_dicts(own, experts, base, weights)["w"])
+    assert not torch.equal(got, merge_state_dicts(one, experts, base, weights)["w"])

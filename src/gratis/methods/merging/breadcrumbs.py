@@ -59,7 +59,7 @@ class Breadcrumbs(Merge):
         check_shares(type(self).__name__, self.density, self.outliers)
 
     def survey(self, survey: Survey) -> dict[str, list[Band]]:
-        return bands(survey, self.density, self.outliers)
+        return bands(survey)
 
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
         without_ends(experts, part)
@@ -74,10 +74,11 @@ def check_shares(owner: str, density: float, outliers: float) -> None:
         )
 
 
-def bands(survey: Survey, density: float, outliers: float) -> dict[str, list[Band]]:
-    """By tensor, for every expert what is kept from and up to."""
+def bands(survey: Survey) -> dict[str, list[Band]]:
+    """By tensor, for every expert what is kept from and up to, by its own density and outliers."""
     found: dict[str, list[Band]] = {name: [] for name in survey.tensors}
-    for number in range(survey.experts):
+    for number, own in enumerate(survey.each):
+        density, outliers = own.density, own.outliers
         lower = survey.cutoffs(lambda experts, part, n=number: experts[n].abs(), min(density + outliers, 1.0))  # type: ignore[misc]
         upper = survey.cutoffs(lambda experts, part, n=number: experts[n].abs(), outliers)  # type: ignore[misc]
         for name, shape in survey.tensors.items():

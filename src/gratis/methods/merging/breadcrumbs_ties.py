@@ -56,7 +56,7 @@ class BreadcrumbsTIES(Merge):
         check_shares(type(self).__name__, self.density, self.outliers)
 
     def survey(self, survey: Survey) -> dict[str, list[Band]]:
-        return bands(survey, self.density, self.outliers)
+        return bands(survey)
 
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
         without_ends(experts, part)

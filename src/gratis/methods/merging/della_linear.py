@@ -58,7 +58,8 @@ class DELLALinear(Merge):
     def unit(self, tensor: str, shape: tuple[int, ...]) -> Literal["row", "tensor"]:
         return "row" if len(shape) > 1 else "tensor"
 
+    def prepare(self, expert: Tensor, number: int, part: MergePart) -> None:
+        sample(expert, self.density, self.spread, self.seed, number, part)
+
     def combine(self, experts: list[Tensor], part: MergePart) -> Tensor:
-        for number, delta in enumerate(experts):
-            sample(delta, self.density, self.spread, self.seed, number, part)
         return weighted_sum(experts, part.weights).mul_(self.scale)
