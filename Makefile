@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt models.txt
 demo: $(STAMP)  ## What memory methods do for a language model on 12,000 tokens: a table and a page
 	$(BIN)/gratis demo
 
-demo-quick: $(STAMP)  ## The same on a short text, about a minute
+demo-quick: $(STAMP)  ## The same on a short text, a few minutes
 	$(BIN)/gratis demo --quick
 
 test: $(STAMP)  ## The default test suite

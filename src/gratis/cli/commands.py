@@ -161,7 +161,7 @@ def try_(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A short text, about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A short text, a few minutes.")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the trial file and the page.")] = Path("trials"),
     as_json: AsJson = False,
 ) -> None:
