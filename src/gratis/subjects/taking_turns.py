@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from gratis.contract.errors import InputError
+from gratis.contract.errors import InputError, SubjectError
 from gratis.subjects.chat import Answer, Chat, ChatError, Format, Reply, Usage, read_answer, zero_shot
 from gratis.subjects.chat.formats import format_of
 from gratis.subjects.generate_door import put
@@ -298,14 +298,13 @@ def _seed_of_target(seed: int) -> int:
 # Over chats
 
 
-def check_goes_on(chat: Chat, method: str) -> str | None:
-    """What is wrong with a chat that cannot go on from the beginning of an answer, None where it can."""
-    if chat.continues:
-        return None
-    return (
-        f"{method} needs a chat that goes on from the beginning of an answer: a local model, or gratis.Chat(address, "
-        "model, continues='prefill' or 'completions'), as the endpoint can."
-    )
+def check_goes_on(chat: Chat, method: str) -> None:
+    """Raise SubjectError for a chat that cannot go on from the beginning of an answer."""
+    if not chat.continues:
+        raise SubjectError(
+            f"{method} needs a chat that goes on from the beginning of an answer: a local model, or gratis.Chat("
+            "address, model, continues='prefill' or 'completions'), as the endpoint can."
+        )
 
 
 def rendered(tokenizer: Any, messages: Sequence[dict[str, str]], opening: str = "") -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gratis.contract.attach import Attachment, Scope
 from gratis.contract.card import Card, Claim
-from gratis.contract.errors import ParameterError, SubjectError
+from gratis.contract.errors import ParameterError
 from gratis.contract.method import Decoding
 from gratis.contract.parameters import param
 from gratis.subjects.chat import Chat, ChatError
@@ -179,8 +179,7 @@ class SpeculativeThinking(Decoding):
 
     def _check_writer(self, subject: Any, name: str, reads_text: bool) -> None:
         if isinstance(subject, Chat):
-            if (problem := check_goes_on(subject, name)) is not None:
-                raise SubjectError(problem)
+            check_goes_on(subject, name)
             return
         check_generates(subject, name)
         language_model(subject, name)
