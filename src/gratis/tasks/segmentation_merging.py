@@ -39,7 +39,9 @@ class SegmentationMerging(Task):
     looks: tuple[str, ...] = param(("clean", "textured", "faded", "thin"), help="looks that count")
     regime: str = param("single", choices=("single", "multi"), help="search one mean score, or a front over looks")
     device: str = param("cpu", help="where pictures are segmented")
-    prefix_cache: bool = param(True, help="in a search, run a model from the first group on that changed")
+    prefix_cache: bool = param(
+        False, help="run a model from the first changed group on: for models whose layers cost more than their hashes"
+    )
 
     def subject(self) -> Any:
         from gratis import zoo
