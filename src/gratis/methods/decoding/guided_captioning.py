@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gratis.contract.attach import Attachment, Scope
-from gratis.contract.card import Card
+from gratis.contract.card import Card, Claim
 from gratis.contract.errors import InputError, ParameterError, SubjectError
 from gratis.contract.method import Decoding
 from gratis.contract.parameters import param
@@ -63,6 +63,35 @@ class GuidedCaptioning(Decoding):
         limits=(
             "Two passes per token, or one per other picture. Captions become longer and less like the references, and "
             "from about gamma 3 on they invent details."
+        ),
+        claims=(
+            Claim(
+                name="captions find their picture among 32 more often",
+                task="picture-captions",
+                metric="recall",
+                compare="difference",
+                parameters={"gamma": 2.0},
+                task_parameters={"pictures": 256},
+                at_least=0.1,
+            ),
+            Claim(
+                name="captions are less often what people said",
+                task="picture-captions",
+                metric="reference",
+                compare="difference",
+                parameters={"gamma": 3.0},
+                task_parameters={"pictures": 256},
+                at_most=-0.1,
+            ),
+            Claim(
+                name="captions say more that is true",
+                task="picture-captions",
+                metric="attributes",
+                compare="difference",
+                parameters={"gamma": 2.0},
+                task_parameters={"pictures": 256},
+                at_least=0.05,
+            ),
         ),
     )
 
