@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import gratis
 from gratis.trials.claims import stored
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +76,15 @@ def test_the_harm_of_the_strong_form():
     ]
     shown = lines("Sharper attention on a model trained with softmax")
     assert shown == [line.replace("-0.00", "+0.00") for line in expected]
+
+
+def test_the_card_says_what_was_measured():
+    (rows,) = (value for key, value in result("reweighting").items() if key != "measured")
+    more = {(row["power"], row["offset"]): row["more than the model as it is"] for row in rows}
+    said = gratis.LogLengthScaling.card.differs
+    assert f"costs {more[15.0, 1.0]:.1f} nats" in said
+    assert f"a power of 3 alone {more[3.0, 0.0]:.1f}" in said
+    assert f"of 1.2 already {more[1.2, 0.0]:.2f}" in said
 
 
 @pytest.mark.parametrize("title", ["Attention trained for length"])

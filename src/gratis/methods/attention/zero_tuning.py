@@ -92,7 +92,7 @@ class ZeroTuning(Attachable):
                 compare="difference",
                 at_least=0.05,
                 parameters={"scale": 6.0, "heads": (0, 6)},
-                task_parameters={"size": 120},
+                task_parameters={"size": 80},
             ),
             Claim(
                 name="heads and scale of least entropy on 100 unlabelled reviews lower it on others by at least 0.2 nats",
@@ -101,7 +101,7 @@ class ZeroTuning(Attachable):
                 compare="difference",
                 at_most=-0.2,
                 parameters={"scale": 0.1, "heads": (6, 7)},
-                task_parameters={"size": 120},
+                task_parameters={"size": 80},
             ),
             Claim(
                 name="but on this model that gains no accuracy, and costs at most 8 points of it",
@@ -110,7 +110,7 @@ class ZeroTuning(Attachable):
                 compare="difference",
                 at_least=-0.08,
                 parameters={"scale": 0.1, "heads": (6, 7)},
-                task_parameters={"size": 120},
+                task_parameters={"size": 80},
             ),
         ),
     )
