@@ -18,7 +18,7 @@ from gratis.zoo.sprites_tokens import FIRST_CODE, WORLD, decode, encode, prompts
 from gratis.zoo.train.arithmetic import solve
 from gratis.zoo.train.sprites_captioner import retrieval
 
-ASKED = problems(64, 4_000_004)
+ASKED = problems(48, 4_000_004)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_pair_shares_its_tokenizer():
 
 def test_the_masked_model_adds_and_often_knows_the_answer_early():
     model = zoo.load("arithmetic-masked")
-    ((prompt, right),) = by_prompt_length(tokenizer_of(model), sums(128, 4_000_004))
+    ((prompt, right),) = by_prompt_length(tokenizer_of(model), sums(64, 4_000_004))
     places = list(ANSWER)
     full = fill(model, prompt, 4, WINDOW)[:, places]
     assert (full == right[:, places]).all(1).float().mean() >= 0.7
@@ -112,7 +112,7 @@ def test_guidance_makes_the_pictures_more_what_was_asked_for():
 def test_captions_are_true_and_guidance_makes_them_identify_the_picture():
     model = zoo.load("sprites-captioner")
     tokenizer = tokenizer_of(model)
-    scenes = CAPTIONED.scenes(4_000_000, 4_000_128)
+    scenes = CAPTIONED.scenes(4_000_000, 4_000_096)
     images = render(scenes, 32).images
     recall, stated, true = {}, {}, {}
     for guidance in (1.0, 2.0):

@@ -14,7 +14,7 @@ from gratis.tasks.task import Measurement, Metric, Progress, Task, TaskCard, sil
 
 
 class MaskedArithmetic(Task):
-    """Fill the answer windows of generated sums and differences, and compare them with the full decode's.
+    """Fill the answer windows of generated sums, and compare them with the full decode's.
 
     The untouched model decodes one token per forward pass, the most confident first, over the whole window.
     """
@@ -23,7 +23,7 @@ class MaskedArithmetic(Task):
         title="Sums by a masked-diffusion model",
         acts_on="masked-diffusion model",
         subject="zoo:arithmetic-masked",
-        data="sums and differences of two numbers up to 999, with the work digit by digit and the answer at its place",
+        data="sums of two numbers of three digits, with the work column by column and the answer at its place",
         metrics=(
             Metric(name="accuracy", help="share of problems whose answer region holds the right number"),
             Metric(

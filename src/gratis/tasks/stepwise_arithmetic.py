@@ -11,7 +11,7 @@ from gratis.tasks.task import Measurement, Metric, Progress, Task, TaskCard, sil
 
 
 class StepwiseArithmetic(Task):
-    r"""Answer sums and differences of two to four numbers; the last `\boxed{}` counts.
+    r"""Answer sums and differences of three or four numbers; the last `\boxed{}` counts.
 
     Where a method lets a second model write, the share of tokens that it wrote is told.
     """
@@ -20,7 +20,7 @@ class StepwiseArithmetic(Task):
         title="Sums step by step",
         acts_on="language model",
         subject="zoo:arithmetic-small",
-        data="generated sums and differences of two to four numbers, answered in paragraphs with checks",
+        data="generated sums and differences of three or four numbers up to 99, answered in paragraphs with checks",
         metrics=(
             Metric(name="accuracy", help="share of problems whose boxed answer is right"),
             Metric(
