@@ -457,3 +457,31 @@ def test_neither_part_of_an_adapter_s_name_leads_out(folder, tmp_path_factory):
     (folder / "recipe.yaml").write_text(f"method: average\nexperts: [ft0+../{elsewhere.name}/lora, ft1]\n")
     with pytest.raises(FileError, match="outside its folder"):
         load_recipe(folder / "recipe.yaml")
+
+
+# What mergekit 0.1.5 says of its own methods: whether sums are normalised, and whether what is left is rescaled.
+DEFAULTS = {
+    "task_arithmetic": (False, False), "ties": (True, False), "dare_ties": (False, True), "dare_linear": (False, True),
+    "breadcrumbs": (False, False), "breadcrumbs_ties": (False, False), "della": (True, True),
+    "della_linear": (False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_left_out_means_what_it_means_to_mergekit(folder, name):
+    normalize, rescale = DEFAULTS[name]
+    models = "models: [{model: ft0, parameters: {weight: 0.4, density: 0.6}}, {model: ft1, parameters: {weight: 0.3, density: 0.6}}]"
+    text = f"merge_method: {name}\nbase_model: base\n{models}\n"
+    said = f"parameters: {{normalize: {str(normalize).lower()}, rescale: {str(rescale).lower()}, lambda: 1.0}}\n"
+    if name == "task_arithmetic":
+        said = said.replace("rescale: false, ", "")
+
+    def read(text):
+        (folder / "recipe.yaml").write_text(text)
+        recipe = load_recipe(folder / "recipe.yaml")
+        return recipe.method, recipe.weights, recipe.rules
+
+    assert read(text) == read(text + said)
+    assert read(text) != read(
+        text + said.replace(f"normalize: {str(normalize).lower()}", f"normalize: {str(not normalize).lower()}")
+    )
