@@ -23,7 +23,7 @@ import gratis
 from gratis import subjects
 from gratis.zoo.arithmetic import Problem, answer_of, problems
 
-PROBLEMS, SEED, LIMIT, TEMPERATURE = 64, 20_002, 300, 0.6
+PROBLEMS, SEED, LIMIT, TEMPERATURE = 32, 20_002, 300, 0.6
 
 
 def measured(model: Any, method: Any, asked: list[Problem], name: str) -> dict[str, Any]:
