@@ -97,7 +97,7 @@ def _allowing(model: Any) -> Iterator[Any]:
     """Methods for texts of any length that can act on `model`, at their defaults or, on a small one, their examples."""
     for entry in catalogue.select(any_length=True):
         kind = entry.load()
-        for parameters in ({}, entry.card.examples):
+        for parameters in (dict[str, Any](), dict(entry.card.examples)):
             try:
                 method = kind(**parameters)
                 method.check(model)

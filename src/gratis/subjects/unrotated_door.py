@@ -331,51 +331,51 @@ def install_memory(
     `make(rotations, text)` makes the memories of a text's layers. As long as the text is at most `window` tokens, the
     model attends as it does by itself. `reading` says how `generate` reads prompts.
     """
-    turns = rotations(model, method)
-    signature = inspect.signature(model.forward)
-    here = threading.local()
-    last: list[MemoryCache] = []
+    passes = _Passes(model, method, window, make)
+    if reading is not None:
+        install_reading(model, reading, passes.here, scope)
+    install_attention(model, method.lower(), uncompiled(passes.attend), scope, outermost=True)
+    scope.hook(model.register_forward_pre_hook(uncompiled(passes.before), with_kwargs=True))
+    scope.hook(model.register_forward_hook(uncompiled(passes.after), with_kwargs=True))
+    return lambda: _report(passes.last) if passes.last is not None else {}
 
-    @uncompiled
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+
+class _Passes:
+    """What happens around and inside a model's forward passes: texts get their memories, layers attend to them."""
+
+    def __init__(self, model: Any, method: str, window: int, make: MakeMemories) -> None:
+        self._model, self._method, self._window, self._make = model, method, window, make
+        self._turns = rotations(model, method)
+        self._signature = inspect.signature(model.forward)
+        self.here = threading.local()
+        """Of this thread: `cache` and `count` of the pass that is going on, `prompt_end` of the call of generate."""
+        self.last: MemoryCache | None = None
+        """The memories of the text that was begun last."""
+
+    def before(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before a pass: find or make the text's memories, and give tokens position 0 once it outgrew the window."""
+        here = self.here
+        here.cache = None
         if asking.get():
-            here.cache = None
             return args, kwargs
         if args:
-            kwargs = {**signature.bind_partial(*args).arguments, **kwargs}
-        cache = kwargs.get("past_key_values")
-        uses = kwargs.get("use_cache")
+            kwargs = {**self._signature.bind_partial(*args).arguments, **kwargs}
         if kwargs.get("output_attentions"):
-            raise InputError(f"{method} has no weights over the whole text to return: leave out output_attentions.")
-        here.cache = None
-        if cache is None and not (uses if uses is not None else getattr(model.config, "use_cache", True)):
-            return (), kwargs
-        if not isinstance(cache, MemoryCache):
-            _refuse_foreign(cache, method)
-            text = Text()
-            cache = MemoryCache(make(turns, text), text, method, window)
-            last[:] = [cache]
-            kwargs["past_key_values"], kwargs["use_cache"] = cache, True
-        elif cache.method != method:
-            raise InputError(f"This cache was filled under {cache.method}: start the text again under {method}.")
-        if cache.torn:
             raise InputError(
-                f"{method} was interrupted while it read into this memory, which holds a part of the last piece: start "
-                "the text again, without it."
+                f"{self._method} has no weights over the whole text to return: leave out output_attentions."
             )
+        uses = kwargs.get("use_cache")
+        uses = uses if uses is not None else getattr(self._model.config, "use_cache", True)
+        if kwargs.get("past_key_values") is None and not uses:
+            return (), kwargs
+        cache = self._memories(kwargs)
         given = kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if given is None else given
         assert given is not None
-        count, mask = int(given.shape[1]), kwargs.get("attention_mask")
-        if count > 1 and mask is not None:
-            cache.padded = mask.dim() == 2 and not bool(mask.all())
-        if not cache.outgrown and cache.text.seen + count > window:
-            if cache.padded:
-                raise InputError(
-                    f"{method} counts distances in tokens, so rows padded to unequal lengths cannot outgrow its window "
-                    f"of {window}: pass prompts of one length, or one at a time."
-                )
-            cache.outgrow()
+        count = int(given.shape[1])
+        self._outgrow(cache, count, kwargs.get("attention_mask"))
         if cache.outgrown:
             kwargs["attention_mask"] = None
             old = kwargs.get("position_ids")
@@ -386,18 +386,51 @@ def install_memory(
         cache.torn = True
         return (), kwargs
 
-    @uncompiled
-    def attend(inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        cache = getattr(here, "cache", None)
+    def _memories(self, kwargs: dict[str, Any]) -> MemoryCache:
+        """The memories that a call passes back, or new ones, put into its arguments. Raises InputError."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, MemoryCache):
+            _refuse_foreign(cache, self._method)
+            text = Text()
+            cache = MemoryCache(self._make(self._turns, text), text, self._method, self._window)
+            self.last = cache
+            kwargs["past_key_values"], kwargs["use_cache"] = cache, True
+        elif cache.method != self._method:
+            raise InputError(f"This cache was filled under {cache.method}: start the text again under {self._method}.")
+        if cache.torn:
+            raise InputError(
+                f"{self._method} was interrupted while it read into this memory, which holds a part of the last piece: "
+                "start the text again, without it."
+            )
+        return cache
+
+    def _outgrow(self, cache: MemoryCache, count: int, mask: Any) -> None:
+        """Hand over to the memories where `count` tokens more exceed the window. Raises InputError for padded rows."""
+        if count > 1 and mask is not None:
+            cache.padded = mask.dim() == 2 and not bool(mask.all())
+        if cache.outgrown or cache.text.seen + count <= self._window:
+            return
+        if cache.padded:
+            raise InputError(
+                f"{self._method} counts distances in tokens, so rows padded to unequal lengths cannot outgrow its window "
+                f"of {self._window}: pass prompts of one length, or one at a time."
+            )
+        cache.outgrow()
+
+    def attend(
+        self, inner: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
+        """Inside a layer: attend by its memory, or watch the model attend while the text fits the window."""
+        cache = getattr(self.here, "cache", None)
         if cache is None:
             return inner(module, query, key, value, mask, **kwargs)
         if key.requires_grad:
-            raise InputError(NO_GRADIENTS.format(method=method))
+            raise InputError(NO_GRADIENTS.format(method=self._method))
         memory, cache.asked = cache.asked, None
         changed = next((name for name in _CHANGES_LOGITS if kwargs.get(name) is not None), None)
         if memory is None or changed is not None:
             raise SubjectError(
-                f"{method} needs plain attention over each layer's cache; {type(model).__name__} "
+                f"{self._method} needs plain attention over each layer's cache; {type(self._model).__name__} "
                 + (f"attends with {changed}." if changed is not None else "attends to something else.")
             )
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -409,19 +442,12 @@ def install_memory(
         memory.watch(query, scaling, first)
         return output
 
-    @uncompiled
-    def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = getattr(here, "cache", None)
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After a pass: its tokens are part of the text."""
+        cache = getattr(self.here, "cache", None)
         if cache is not None:
-            cache.text.seen += here.count
-            here.cache, cache.torn = None, False
-
-    if reading is not None:
-        install_reading(model, reading, here, scope)
-    install_attention(model, method.lower(), attend, scope, outermost=True)
-    scope.hook(model.register_forward_pre_hook(before, with_kwargs=True))
-    scope.hook(model.register_forward_hook(after, with_kwargs=True))
-    return lambda: _report(last[0]) if last else {}
+            cache.text.seen += self.here.count
+            self.here.cache, cache.torn = None, False
 
 
 def _report(cache: MemoryCache) -> dict[str, Any]:
