@@ -1,7 +1,7 @@
 """Cautious next token prediction: what a cautious segment costs beside a single trial, and a text beside sampling.
 
     OMP_NUM_THREADS=1 python benchmarks/cntp.py
-    OMP_NUM_THREADS=2 python benchmarks/cntp.py two-threads
+    OMP_NUM_THREADS=2 python benchmarks/cntp.py --threads 2
 
 On the embedded language model. Trials of one length after the same prefix, in turns: one, five side by side on the
 prefix's own cache, and five as rows of a copied cache: CPU seconds of one thread (medians), and wall seconds of two (the
@@ -11,14 +11,14 @@ Renews its part of benchmarks/results/cntp.json.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measuring import renew
+from measuring import renew, stored
 from rich.progress import track
 from transformers import DynamicCache, GenerationConfig
 
@@ -26,6 +26,7 @@ import gratis
 from gratis import subjects
 from gratis.subjects import branching
 from gratis.subjects.branching import Text
+from gratis.subjects.growing_cache import GrowingLayer
 from gratis.subjects.text import documentation, tokens_of
 
 TRIALS, LENGTH, ROUNDS, PREFIXES = 5, 12, 5, (128, 512, 2048)
@@ -56,21 +57,25 @@ def segment(text: Text, trials: int, shared: bool, clock: Callable[[], float]) -
     took = clock() - begin
     branching.heeds_branches = known
     text.cache.crop(start - text.cache.get_seq_length())
+    for layer in text.cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.become_plain()
     text.ids, text._kwargs, text._pending = ids, kwargs, pending
     return took
 
 
 def segments(
-    model: Any, tokenizer: Any, unit: str, clock: Callable[[], float], summary: Callable[[Sequence[float]], float]
-) -> dict[str, Any]:
+    model: Any, tokenizer: Any, prefixes: Sequence[int], rounds: int, unit: str, clock: Callable[[], float],
+    summary: Callable[[Sequence[float]], float],
+) -> dict[str, Any]:  # fmt: skip
     """Seconds per cautious segment by prefix, and their ratio to a single trial's."""
     assert branching.heeds_branches(model), "the embedded model decodes branches side by side"
     arms = {"one trial": (1, True), "five side by side": (TRIALS, True), "five as copies": (TRIALS, False)}
     found = {}
-    for prefix in PREFIXES:
+    for prefix in prefixes:
         text = begun(model, tokens_of(tokenizer, documentation(), prefix))
         seen: dict[str, list[float]] = {name: [] for name in arms}
-        for number in track(range(ROUNDS + 1), description=f"segments after {prefix} tokens"):
+        for number in track(range(rounds + 1), description=f"segments after {prefix} tokens"):
             for name, (trials, shared) in arms.items():
                 took = segment(text, trials, shared, clock)
                 if number:
@@ -123,26 +128,31 @@ def responses(model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    wide = sys.argv[1:] == ["two-threads"]
-    torch.set_num_threads(2 if wide else 1)
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--threads", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--prefixes", type=int, nargs="*", default=PREFIXES)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--segments-only", action="store_true", help="leave out whole responses")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
     model = gratis.open("smollm2")
     tokenizer = subjects.tokenizer_of(model)
     content: dict[str, Any] = {
-        "repeat": "OMP_NUM_THREADS=1 python benchmarks/cntp.py; OMP_NUM_THREADS=2 python benchmarks/cntp.py two-threads",
+        "repeat": "OMP_NUM_THREADS=1 python benchmarks/cntp.py; OMP_NUM_THREADS=2 python benchmarks/cntp.py --threads 2",
         "trials": TRIALS,
         "tokens per trial": LENGTH,
     }
+    name = "a cautious segment, by prefix" + (", two threads" if chosen.threads == 2 else "")
+    measure = (
+        ("wall s", time.perf_counter, min) if chosen.threads == 2 else ("CPU s", time.process_time, statistics.median)
+    )
     with torch.no_grad():
-        if wide:
-            content["a cautious segment, by prefix, two threads"] = segments(
-                model, tokenizer, "wall s", time.perf_counter, min
-            )
-        else:
-            content["a cautious segment, by prefix"] = segments(
-                model, tokenizer, "CPU s", time.process_time, statistics.median
-            )
-            content["whole responses"] = responses(model, tokenizer)
-    renew("cntp", content)
+        found = dict(stored("cntp").get(name, {}))
+        for prefix in chosen.prefixes:
+            found |= segments(model, tokenizer, [prefix], chosen.rounds, *measure)
+            renew("cntp", {**content, name: found})
+        if chosen.threads == 1 and not chosen.segments_only:
+            renew("cntp", {**content, "whole responses": responses(model, tokenizer)})
 
 
 if __name__ == "__main__":
