@@ -140,7 +140,8 @@ def principal_rows(pixels: NDArray[np.bool_], width: int | None = None) -> Tenso
     lengths = found.norm(dim=1, keepdim=True)
     if bool((lengths == 0).any()):
         raise InputError("A glyph is the mean of all others and has no direction: all tokens are drawn alike.")
-    return (found / lengths).float()
+    unit: Tensor = (found / lengths).float()
+    return unit
 
 
 class _Pen:
