@@ -45,11 +45,11 @@ def _drawn(start: int, figure: Figure, section: Section) -> str:
     words = [said(scene) for scene in WORLD.scenes(start, start + _SHOWN)]
     asked = prompts(tokenizer, words)
     plain, guided = (
-        decode(vq, sample(prior, asked, guidance, seed=start, tokenizer=tokenizer)) for guidance in (1.0, 3.0)
+        decode(vq, sample(prior, asked, guidance, seed=start, tokenizer=tokenizer)) for guidance in (1.0, 2.0)
     )
     return section(
         "Drawn from words",
-        "<code>sprites-prior</code> writes the tokens after six words; left without guidance, right with guidance 3.",
+        "<code>sprites-prior</code> writes the tokens after six words; left without guidance, right with guidance 2.",
         [figure([left, right], " ".join(row)) for left, right, row in zip(plain, guided, words, strict=True)],
     )
 
@@ -63,8 +63,8 @@ def _captioned(start: int, figure: Figure, section: Section) -> str:
     model = zoo.load("sprites-captioner")
     tokenizer = tokenizer_of(model)
     images = render(WORLD.scenes(start, start + _SHOWN), 32).images
-    said = zip(*(captions(model, tokenizer, images, guidance) for guidance in (1.0, 2.0, 3.0)), strict=True)
+    said = zip(*(captions(model, tokenizer, images, guidance) for guidance in (1.0, 1.5, 2.0)), strict=True)
     return section(
-        "Captioned", "What <code>sprites-captioner</code> says, greedily, with guidance 1, 2 and 3.",
+        "Captioned", "What <code>sprites-captioner</code> says, greedily, with guidance 1, 1.5 and 2. Strong guidance can break the grammar: nothing here cuts implausible words.",
         [figure([image], " · ".join(texts)) for image, texts in zip(images, said, strict=True)],
     )  # fmt: skip
