@@ -204,13 +204,16 @@ def models_page() -> str:
         card = (folder / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1].strip()
         command = re.search(r"`(python -m [^`]+)`", card)
         weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
-        minutes = figures.get("CPU minutes of a training", figures["cpu_seconds"] / 60)
+        seconds = figures.get("estimate of CPU seconds on one thread")
+        if figures.get("trained on", "CPU") == "CPU":
+            seconds = figures["cpu_seconds"]
+        minutes = figures.get("CPU minutes of a training", seconds / 60 if seconds else None)
         rows.append(
             (
                 f"[{name}](#{name})",
                 zoo.class_of(name),
                 f"{weights:.1f}",
-                f"{minutes:.0f}",
+                f"{max(minutes, 1):.0f}" if minutes is not None else "",
                 command[0] if command else "",
             )
         )

@@ -65,6 +65,7 @@ def _captioned(start: int, figure: Figure, section: Section) -> str:
     images = render(WORLD.scenes(start, start + _SHOWN), 32).images
     said = zip(*(captions(model, tokenizer, images, guidance) for guidance in (1.0, 1.5, 2.0)), strict=True)
     return section(
-        "Captioned", "What <code>sprites-captioner</code> says, greedily, with guidance 1, 1.5 and 2. Strong guidance can break the grammar: nothing here cuts implausible words.",
+        "Captioned", "What <code>sprites-captioner</code> says, greedily, with guidance 1, 1.5 and 2. "
+        "Strong guidance can break the grammar: nothing here cuts implausible words.",
         [figure([image], " · ".join(texts)) for image, texts in zip(images, said, strict=True)],
     )  # fmt: skip
