@@ -5,6 +5,8 @@ Workers on other machines must see inputs and output under the same paths (a sha
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +37,7 @@ class Workers:
         if count < 1:
             raise ParameterError(f"workers must be at least 1, not {count}.")
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")
         except ImportError as error:
             raise MissingExtraError.of("ray", "scale") from error
         self._ray, self._own = ray, not ray.is_initialized()
@@ -43,8 +45,8 @@ class Workers:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             away = os.environ.get("RAY_ADDRESS")
             here = {"num_cpus": count, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
-            ray.init(log_to_driver=False, logging_level="ERROR", **({"address": away} if away else here))
-        self._actors = [ray.remote(num_cpus=1)(_Worker).remote() for _ in range(count)]
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **({"address": away} if away else here))
+        self._actors: list[Any] = [ray.remote(num_cpus=1)(_Worker).remote() for _ in range(count)]
 
     def each(
         self, work: Callable[[Stretch], Any], parts: Sequence[Stretch], settle: Callable[[], None] | None = None
