@@ -8,8 +8,15 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
 
 import gratis
 from gratis.contract.errors import InputError, ParameterError, SubjectError
@@ -486,3 +493,18 @@ def test_calls_that_are_refused(captioners):
         pytest.raises(InputError, match=r"are \(3, 4, 4\), and those to describe \(3, 8, 8\)"),
     ):
         generated(model, given)
+
+
+def test_a_pipeline_is_guided_as_generate_is():
+    model = tiny_language.tiny_language_model()
+    words = tokenizer(size=tiny_language.VOCABULARY)
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    write = pipeline("text-generation", model=model, tokenizer=words)
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    ids = words("w3 w5 w8 w13", return_tensors="pt").input_ids
+    plain = write("w3 w5 w8 w13", **options)
+    with gratis.attach(model, GuidedCaptioning(gamma=3.0, null="absent")):
+        guided = write("w3 w5 w8 w13", **options)
+        expected = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, 4:]
+    assert guided[0]["generated_text"].split() == words.decode(expected).split()
+    assert guided != plain
