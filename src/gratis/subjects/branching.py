@@ -246,10 +246,7 @@ class Text:
         if (
             others - {"attention_mask", "position_ids"}
             or (positions is not None and positions.dim() != 2)
-            or any(
-                type(layer) not in {DynamicLayer, GrowingLayer} or layer.get_seq_length() != length
-                for layer in cache.layers
-            )
+            or not all(_is_plain(layer, length) for layer in cache.layers)
         ):
             return False
         if self._heeds is None:
@@ -280,6 +277,11 @@ class Text:
 def _memory(outputs: Any) -> dict[str, Any]:
     """The caches that a forward pass returned."""
     return {name: outputs[name] for name in ALL_CACHE_NAMES if name in outputs and outputs[name] is not None}
+
+
+def _is_plain(layer: Any, length: int) -> bool:
+    """Whether a cache layer holds the keys and values of all `length` tokens, and nothing else."""
+    return type(layer) in {DynamicLayer, GrowingLayer} and bool(layer.get_seq_length() == length)
 
 
 def _best(worth: Worth, count: int) -> int:
