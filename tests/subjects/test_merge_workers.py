@@ -81,9 +81,11 @@ def merged(folder, out, method=None, **options):
     return made, (folder / out / "model.safetensors").read_bytes()
 
 
-def test_too_few_workers(saved):
+def test_workers_that_cannot_be(saved):
     with pytest.raises(ParameterError, match="workers must be at least 1"):
         merged(saved, "none", workers=0)
+    with pytest.raises(ParameterError, match="leave out device or workers"):
+        merged(saved, "none", workers=2, device=["cuda"])
     assert not (saved / "none").exists()
     assert not (saved / "none.partial").exists()
 

@@ -86,6 +86,9 @@ def merge(
     together or hold values that are not finite, before or without leaving anything under `out`.
     """
     began = time.perf_counter()
+    named = {device} if isinstance(device, str) else set(device)
+    if workers is not None and named - {"cpu"}:
+        raise ParameterError("Workers compute on their processors: leave out device or workers.")
     power = Power.of(threads, device, stretch)
     target = Path(out).expanduser()
     inputs = Inputs.open(method, base, experts, weights, tokenizer)
