@@ -320,7 +320,7 @@ def test_refusals():
     watermark = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
     with gratis.attach(model, gratis.SJD(window=4)), pytest.raises(InputError, match="keeps a state"):
         ask(model, watermarking_config=watermark)
-    with pytest.raises(StackingError, match="kv cache"):
+    with pytest.raises(StackingError, match="cannot be attached together"):
         gratis.attach(model, gratis.SJD(), gratis.LaCache(budget=16))
 
 
