@@ -289,7 +289,6 @@ def test_a_target_of_another_vocabulary_reads_and_writes_text():
     report = handle.report()["speculative-thinking"]
     taken = report["takeovers"][0]
     assert len(taken) >= 2
-    response = own.decode(out[0, ids.shape[1] :], clean_up_tokenization_spaces=False)
     prompt = other("12+ab=\n").input_ids
     whole = ""
     for one, (first, end, _) in zip(taken, report["places"][0], strict=True):
