@@ -62,7 +62,8 @@ def tune(
     words = answers or sorted(set(labels or ()))
     if labels is not None and set(labels) - set(words):
         raise ParameterError(f"{', '.join(sorted(set(labels) - set(words)))}: no such --answer is given.")
-    subject = open_subject(model, **({"device": device} if device else {}))
+    options: dict[str, Any] = {"device": device} if device else {}
+    subject = open_subject(model, **options)
     given: dict[str, Any] = {"answers": word_tokens(subject, words)} if words else {}
     if labels is not None:
         given["labels"] = [words.index(label) for label in labels]

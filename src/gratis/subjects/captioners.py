@@ -84,10 +84,8 @@ def captioner(subject: Any, method: str) -> Captioner:
             )
         return Captioner(model, "encoder", model)
     if type(model).generate is not GenerationMixin.generate:
-        writers = [
-            part for part in model.children()
-            if isinstance(part, GenerationMixin) and "encoder_hidden_states" in inspect.signature(part.forward).parameters
-        ]  # fmt: skip
+        parts: list[Any] = [part for part in model.children() if isinstance(part, GenerationMixin)]
+        writers = [part for part in parts if "encoder_hidden_states" in inspect.signature(part.forward).parameters]
         if len(writers) == 1 and hasattr(model, "vision_model"):
             return Captioner(model, "cross", writers[0])
         raise SubjectError(

@@ -129,15 +129,23 @@ def merge(
     return MergeReport(target, len(places), floating, read, size, time.perf_counter() - began, resumed)
 
 
-def _stream_with(workers: int | None, *merged: Any) -> None:
+def _stream_with(
+    workers: int | None,
+    inputs: Inputs,
+    method: Merge,
+    rules: Sequence[Rule],
+    places: Mapping[str, Any],
+    writer: Any,
+    power: Power,
+    progress: MergeProgress | None,
+) -> None:
     """`stream`, over workers where some are asked for."""
     if workers is None:
-        stream(*merged)
+        stream(inputs, method, rules, places, writer, power, progress)
         return
-    *of, power, progress = merged
     team = Workers(workers)
     try:
-        stream(*of, replace(power, workers=team), progress)
+        stream(inputs, method, rules, places, writer, replace(power, workers=team), progress)
     finally:
         team.close()
 

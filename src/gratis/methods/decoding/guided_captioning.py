@@ -271,7 +271,8 @@ class _Guide:
             # Pictures are normalised: 0 is the mean of those that the model was trained on.
             pictures = torch.zeros_like(shown[:1])
         else:
-            pictures = method.pictures.to(shown)
+            others: Any = method.pictures
+            pictures = others.to(shown)
             pictures = pictures.mean(0, keepdim=True) if method.null == "mean" else pictures
         if pictures.shape[1:] != shown.shape[1:]:
             raise InputError(
@@ -347,7 +348,7 @@ class _Guide:
         out = self.lm(input_ids=ids.to(self.lm.device), past_key_values=beside.lm.cache, use_cache=True)
         beside.lm.cache = out.past_key_values
         self.lm_passes += 1
-        q = out.logits.float().log_softmax(-1)
+        q: Tensor = out.logits.float().log_softmax(-1)
         if table is not None:
             q = q[..., table.clamp_min(0).to(q.device)].masked_fill((table < 0).to(q.device), -math.inf)
         return q
