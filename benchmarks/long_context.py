@@ -73,7 +73,7 @@ def decoding(device: str) -> None:
 def histories() -> Iterator[tuple[dict[str, Reader], torch.Tensor, int]]:
     """Readers that have read as many tokens as each history has, the text, and that number."""
     model = gratis.open("smollm2")
-    ids = tokens_of(gratis.subjects.tokenizer_of(model), documentation(), HISTORIES[-1] + STEPS + THREADED + 2)
+    ids = tokens_of(gratis.subjects.tokenizer_of(model), documentation(), HISTORIES[-1] + STEPS + THREADED + 3)
     readers = {name: Reader(model, methods) for name, methods in ARMS.items()}
     for history in track(HISTORIES, description="lengths"):
         for reader in readers.values():

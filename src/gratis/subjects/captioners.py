@@ -96,6 +96,11 @@ def captioner(subject: Any, method: str) -> Captioner:
         return Captioner(model, "placeholder", model)
     if "pixel_values" in inspect.signature(model.forward).parameters:
         return Captioner(model, "prefix", model)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise SubjectError(
+            f"{method} reads a text twice, with keys and values of its own for each reading; {type(model).__name__} keeps "
+            "a state of another kind."
+        )
     return Captioner(model, "text", model)
 
 

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -468,6 +470,9 @@ def test_subjects_that_are_refused(captioners):
         gratis.attach(captioners["git"], GuidedCaptioning(null="zeros"))
     with pytest.raises(SubjectError, match="takes no pictures"):
         gratis.attach(tiny_language.tiny_language_model(), GuidedCaptioning(null="grey"))
+    recurrent = MambaForCausalLM(MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=97))
+    with pytest.raises(SubjectError, match="keeps a state of another kind"):
+        gratis.attach(recurrent.eval(), GuidedCaptioning(null="absent"))
     encoder = T5ForConditionalGeneration(
         T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=97)
     )
