@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from gratis.contract.errors import FileError
+from gratis.contract.release import VERSION
 from gratis.subjects.chat.messages import SCHEMA_VERSION, ChatError, Reply, Request
 
 LONGEST_LINE = 1 << 24
@@ -94,7 +94,7 @@ class Transcript:
     def add(self, key: str, request: Request, reply: Reply) -> None:
         """Append one line."""
         entry = {"key": key, "request": request.content(), "reply": asdict(reply), "time": time.time()}
-        line = json.dumps({**entry, "gratis": version("gratis")}) + "\n"
+        line = json.dumps({**entry, "gratis": VERSION}) + "\n"
         try:
             with self._lock, open(self._path, "a", encoding="utf-8") as file:
                 file.write(line)
