@@ -96,12 +96,19 @@ def captioner(subject: Any, method: str) -> Captioner:
         return Captioner(model, "placeholder", model)
     if "pixel_values" in inspect.signature(model.forward).parameters:
         return Captioner(model, "prefix", model)
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if "past_key_values" not in inspect.signature(model.forward).parameters or _keeps_its_state(model):
         raise SubjectError(
             f"{method} reads a text twice, with keys and values of its own for each reading; {type(model).__name__} keeps "
             "a state of another kind."
         )
     return Captioner(model, "text", model)
+
+
+@torch.no_grad()
+def _keeps_its_state(model: Any) -> bool:
+    """Whether a model gives no cache back after it has read a token."""
+    read = model(input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    return getattr(read, "past_key_values", None) is None
 
 
 def picture_token(model: Any) -> int | None:
