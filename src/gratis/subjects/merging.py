@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,43 +112,24 @@ def merge(
     writer = Writer(target, places, shard_bytes, homes, _plan(inputs, method, rules, dtype, power.stretch))
     resumed = bool(writer.left)
     try:
-        _stream_with(workers, inputs, method, rules, places, writer, power, progress)
+        with ExitStack() as ending:
+            if workers is not None:
+                team = Workers(workers)
+                ending.callback(team.close)
+                power = replace(power, workers=team)
+            stream(inputs, method, rules, places, writer, power, progress)
         _describe_folder(inputs, writer, method, dtype, rules, tokenizer)
         writer.finish()
-    except Exception as error:
-        if isinstance(error, WorkerLostError):
-            writer.keep()
-        else:
+    except BaseException as error:
+        # A merge that was interrupted or lost a worker goes on from here the next time.
+        if isinstance(error, Exception) and not isinstance(error, WorkerLostError):
             writer.abandon()
-        raise
-    except BaseException:
-        # Interrupted: the same merge goes on from here the next time.
-        writer.keep()
+        else:
+            writer.keep()
         raise
     floating = sum(p.dtype.is_floating_point for p in reference.places.values())
     read = sum(c.bytes for c in inputs.all)
     return MergeReport(target, len(places), floating, read, size, time.perf_counter() - began, resumed)
-
-
-def _stream_with(
-    workers: int | None,
-    inputs: Inputs,
-    method: Merge,
-    rules: Sequence[Rule],
-    places: Mapping[str, Any],
-    writer: Any,
-    power: Power,
-    progress: MergeProgress | None,
-) -> None:
-    """`stream`, over workers where some are asked for."""
-    if workers is None:
-        stream(inputs, method, rules, places, writer, power, progress)
-        return
-    team = Workers(workers)
-    try:
-        stream(inputs, method, rules, places, writer, replace(power, workers=team), progress)
-    finally:
-        team.close()
 
 
 def open_inputs(
