@@ -10,6 +10,7 @@ import copy
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from gratis.contract.errors import InputError, MemoryShortError
 
 Place = Literal["device", "memory", "file"]
+Current = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Numbers and rows of all blocks that are wanted now: those are not evicted for one another."""
 KEPT_FREE = 1 << 28
 """Bytes of main memory that a store leaves to others."""
 
@@ -46,6 +49,11 @@ class BlockStore:
     def read(self, blocks: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Keys and values (n, heads, block, head_dim) of `blocks` of `rows`, where they are."""
         keys, values = (part.read(blocks, rows) for part in self.parts)
+        return keys, values
+
+    def block(self, number: int, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, block, head_dim) of one block of a row, where they are."""
+        keys, values = (part.memory[number, row] for part in self.parts)
         return keys, values
 
     def select_rows(self, rows: Tensor) -> None:
@@ -161,39 +169,43 @@ class HotBlocks:
         """(block, row) of what is in the slots."""
         return [(int(b), int(r)) for b, r in zip(self._blocks, self._rows, strict=True) if b >= 0]
 
-    def read(
-        self, store: BlockStore, blocks: NDArray[np.int64], rows: NDArray[np.int64], current: NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values (n, heads, block, head_dim) of `blocks` of `rows`.
+    def blocks(
+        self, store: BlockStore, blocks: NDArray[np.int64], rows: NDArray[np.int64], current: Current
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values (heads, block, head_dim) of each of a few `blocks` of `rows`, all different."""
+        slots, free = self._find(blocks, rows, current)
+        room = iter(free.tolist())
+        for number, row, slot in zip(blocks.tolist(), rows.tolist(), slots.tolist(), strict=True):
+            if slot < 0:
+                fetched = store.block(number, row)
+                slot = next(room, -1)
+                if slot < 0:
+                    yield fetched
+                    continue
+                self._take(slot, number, row, fetched)
+                for memory, tensor in zip(self._memory, fetched, strict=True):
+                    memory[slot].copy_(tensor, non_blocking=True)
+            yield self._memory[0][slot], self._memory[1][slot]
 
-        `current` are the numbers (block, row) of the whole selection, (2, m): those are not evicted for one another.
-        """
-        self._clock += 1
+    def read(
+        self, store: BlockStore, blocks: NDArray[np.int64], rows: NDArray[np.int64], current: Current
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (n, heads, block, head_dim) of `blocks` of `rows`."""
         unique, back = np.unique(np.stack([blocks, rows]), axis=1, return_inverse=True)
         if unique.shape[1] < len(blocks):
             keys, values = self.read(store, unique[0], unique[1], current)
             order = torch.from_numpy(back.ravel()).to(self._device)
             return keys[order], values[order]
-        same = (self._blocks[:, None] == blocks) & (self._rows[:, None] == rows)
-        slots, known = same.argmax(0), same.any(0)
-        self.counts["hot_hits"] += int(known.sum())
-        self.counts["hot_misses"] += int((~known).sum())
-        in_use = ((self._blocks[:, None] == current[0]) & (self._rows[:, None] == current[1])).any(1)
-        self._stamps[in_use] = 0.0 if self._strategy == "lru-s" else self._clock
-        fetched: list[Tensor] = []
+        slots, free = self._find(blocks, rows, current)
+        known, fetched = slots >= 0, []
         if not known.all():
             fetched = [tensor.to(self._device) for tensor in store.read(blocks[~known], rows[~known])]
-            if not self._memory:
-                self._memory = [tensor.new_empty(len(self._blocks), *tensor.shape[1:]) for tensor in fetched]
-            free = np.flatnonzero(~in_use)
-            free = free[np.argsort(np.where(self._blocks[free] < 0, -np.inf, self._stamps[free]), kind="stable")]
             taken = free[: len(fetched[0])]
+            new = np.flatnonzero(~known)[: len(taken)]
+            self._take(taken, blocks[new], rows[new], (fetched[0][0], fetched[1][0]))
             places = torch.from_numpy(taken).to(self._device)
             for memory, tensor in zip(self._memory, fetched, strict=True):
                 memory[places] = tensor[: len(taken)]
-            new = np.flatnonzero(~known)[: len(taken)]
-            self._blocks[taken], self._rows[taken] = blocks[new], rows[new]
-            self._stamps[taken] = 0.0 if self._strategy == "lru-s" else self._clock
         if not known.any():
             return fetched[0], fetched[1]
         near = torch.from_numpy(slots[known]).to(self._device)
@@ -204,6 +216,38 @@ class HotBlocks:
             one[torch.from_numpy(np.flatnonzero(known)).to(self._device)] = memory[near]
             one[torch.from_numpy(np.flatnonzero(~known)).to(self._device)] = tensor
         return out[0], out[1]
+
+    def _find(
+        self, blocks: NDArray[np.int64], rows: NDArray[np.int64], current: Current
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Slots of `blocks` of `rows`, -1 for those that are not here, and slots for those, the first to make room first.
+
+        Nothing makes room for a block that is current as well.
+        """
+        self._clock += 1
+        same = (self._blocks[:, None] == blocks) & (self._rows[:, None] == rows)
+        slots = np.where(same.any(0), same.argmax(0), -1)
+        misses = int((slots < 0).sum())
+        self.counts["hot_hits"] += len(slots) - misses
+        self.counts["hot_misses"] += misses
+        in_use = ((self._blocks[:, None] == current[0]) & (self._rows[:, None] == current[1])).any(1)
+        self._stamps[in_use] = self._now
+        if not misses:
+            return slots, slots[:0]
+        free = np.flatnonzero(~in_use)
+        return slots, free[np.argsort(np.where(self._blocks[free] < 0, -np.inf, self._stamps[free]), kind="stable")]
+
+    def _take(self, slots: Any, blocks: Any, rows: Any, like: tuple[Tensor, Tensor]) -> None:
+        """Give slots to blocks of rows; `like` are keys and values of one block."""
+        if not self._memory:
+            self._memory = [
+                torch.empty((len(self._blocks), *one.shape), dtype=one.dtype, device=self._device) for one in like
+            ]
+        self._blocks[slots], self._rows[slots], self._stamps[slots] = blocks, rows, self._now
+
+    @property
+    def _now(self) -> float:
+        return 0.0 if self._strategy == "lru-s" else self._clock
 
     def attended(self, blocks: NDArray[np.int64], rows: NDArray[np.int64], mass: NDArray[np.float64]) -> None:
         """Note how much attention blocks received, which decides who stays under "lru-s"."""

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from gratis.subjects.block_store import BlockStore, HotBlocks
 
+FEW = 6
+"""Blocks that are quicker copied one by one than gathered and put in their places."""
+
 
 class LookedUp:
     """Keys and values (rows, heads, sinks + slots * block, head_dim) near the model; blocks come and go, sinks stay.
@@ -46,14 +49,29 @@ class LookedUp:
         group, place = np.nonzero(free)
         blocks = wanted[missing]
         rows = self._rows(group)
-        if hot is None:
-            found = store.read(blocks, rows)
-        else:
-            groups = np.repeat(np.arange(len(wanted)), wanted.shape[1])
-            everything = np.unique(np.stack([wanted.ravel(), self._rows(groups)]), axis=1)
-            found = hot.read(store, blocks, rows, everything)
         self.chosen[group, place] = blocks
-        self._put(found, group, rows, place)
+        few = len(blocks) <= FEW and not self._per_head
+        if few and hot is None:
+            for number, row, slot in zip(blocks.tolist(), rows.tolist(), place.tolist(), strict=True):
+                self._copy(store.block(number, row), row, slot)
+            return
+        if hot is None:
+            self._put(store.read(blocks, rows), group, rows, place)
+            return
+        groups = np.repeat(np.arange(len(wanted)), wanted.shape[1])
+        everything = wanted.ravel(), self._rows(groups)
+        if few:
+            near = hot.blocks(store, blocks, rows, everything)
+            for held, row, slot in zip(near, rows.tolist(), place.tolist(), strict=True):
+                self._copy(held, row, slot)
+            return
+        self._put(hot.read(store, blocks, rows, everything), group, rows, place)
+
+    def _copy(self, block: tuple[Tensor, Tensor], row: int, slot: int) -> None:
+        """Write one block's keys and values (key heads, block, head_dim) into a slot of a row."""
+        start = self.sinks + slot * self._block
+        for memory, piece in zip(self._parts, block, strict=True):
+            memory[row, :, start : start + self._block].copy_(piece, non_blocking=True)
 
     def _put(
         self,

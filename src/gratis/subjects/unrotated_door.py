@@ -91,16 +91,29 @@ class Text:
         self.seen = 0
         self.prompt_end: int | None = None
         """Length at which a prompt of `generate` ends, None outside."""
-        self._angles: dict[tuple[int, int, int, torch.dtype, str], Angles] = {}
+        self._angles: dict[tuple[Any, ...], Angles] = {}
         self._masks: dict[tuple[int, int, int, int, bool, str], Tensor] = {}
 
     def angles(self, rotation: Rotation, start: int, stop: int, like: Tensor, scale: float = 1.0) -> Angles:
         """What turns entries to positions `start` to `stop`, made once for all layers."""
-        key = (id(rotation), start, stop, like.dtype, str(like.device))
+        key = (id(rotation), start, stop, like.dtype, like.device)
+        return self._known(key, rotation, lambda: torch.arange(start, stop) * scale, like)
+
+    def angles_of_heads(
+        self, rotation: Rotation, stands: tuple[tuple[int, int], ...], like: Tensor, scale: float = 1.0
+    ) -> Angles:
+        """What turns a single token's heads, so many of them to each position: `stands` are (position, heads)."""
+
+        def shifts() -> Tensor:
+            return torch.cat([torch.full((heads, 1), position * scale) for position, heads in stands])
+
+        return self._known((id(rotation), stands, like.dtype, like.device), rotation, shifts, like)
+
+    def _known(self, key: tuple[Any, ...], rotation: Rotation, shifts: Callable[[], Tensor], like: Tensor) -> Angles:
         if key not in self._angles:
             if len(self._angles) > 64:
                 self._angles.clear()
-            self._angles[key] = rotation.angles(torch.arange(start, stop) * scale, like)
+            self._angles[key] = rotation.angles(shifts(), like)
         return self._angles[key]
 
     def mask(

@@ -10,6 +10,7 @@ import torch
 import gratis
 from gratis.contract.errors import InputError, MemoryShortError, ParameterError, SubjectError
 from gratis.methods.memory.infllm import BlockMemory
+from gratis.subjects import looked_up
 from gratis.subjects.block_store import KEPT_FREE
 from gratis.subjects.language import Rotation
 from gratis.subjects.unrotated_door import MemoryCache, Text
@@ -272,6 +273,35 @@ def test_a_file_gives_what_memory_gives(changed):
     assert torch.equal(kept, filed)
     assert file.store.bytes == 0 < memory.store.bytes
     assert file.report()["hot_hits"] > 0
+
+
+@pytest.mark.parametrize("changed", [{}, {"store": "file"}, {"store": "file", "eviction": "lru-s"}])
+def test_blocks_copied_one_by_one_are_those_that_are_gathered(monkeypatch, changed):
+    q, k, v = texts(200, rows=2)
+    steps = [40] + [1] * 160
+    method = gratis.InfLLM(**{**SMALL, "hot_blocks": 4}, **changed)
+    few, one = read(method, q, k, v, steps, rotation())
+    monkeypatch.setattr(looked_up, "FEW", 0)
+    many, other = read(method, q, k, v, steps, rotation())
+    assert torch.equal(few, many)
+    assert one.report() == other.report()
+
+
+def test_representatives_in_main_memory_choose_the_same_blocks_and_leave_the_device_what_it_had():
+    q, k, v = texts(320, rows=2)
+    steps = [40] + [1] * 280
+    near, there = read(gratis.InfLLM(**SMALL), q, k, v, steps, rotation())
+    far, here = read(gratis.InfLLM(**SMALL, representatives_in="memory"), q, k, v, steps, rotation())
+    assert torch.equal(near, far)
+    first, second = there.report(), here.report()
+    assert first["retrieved"] == second["retrieved"]
+    standing = there.standing.nbytes
+    assert first["near_bytes"] - second["near_bytes"] == second["stored_bytes"] - first["stored_bytes"] == standing > 0
+    _, longer = read(
+        gratis.InfLLM(**SMALL, representatives_in="memory"), *(t.repeat(1, 1, 3, 1) for t in (q, k, v)),
+        [40] + [1] * 920, rotation(),
+    )  # fmt: skip
+    assert longer.report()["near_bytes"] == second["near_bytes"]
 
 
 def test_rows_look_up_for_themselves():

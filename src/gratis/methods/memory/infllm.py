@@ -113,6 +113,9 @@ class InfLLM(Attachable):
     block: int = param(128, at_least=1, unit="tokens", help="size of a block of the past", search=(32, 256))
     blocks: int = param(16, at_least=1, unit="blocks", help="blocks that are looked up", search=(4, 96))
     representatives: int = param(4, at_least=1, unit="tokens", help="tokens per block and head that stand for it")
+    representatives_in: Literal["device", "memory"] = param(
+        "device", help="where those are kept and scored: what the device holds grows with the text, or not at all"
+    )
     lookup: int | None = param(
         None, at_least=1, unit="tokens", help="tokens of a prompt that share one look-up; None is 512, or the window"
     )
@@ -195,19 +198,20 @@ class InfLLM(Attachable):
         heads = int(text_config(model).num_attention_heads)
         apart = self.store == "file" or (self.store == "memory" and input_device(model).type != "cpu")
         hot = self.hot_blocks * self.block if stored and apart else 0
-        near = blocks = 0
+        near = blocks = standing = 0
         for layer in layers:
             # Recent keys are kept as they came and turned.
             near += recent * (layer.numbers + layer.heads * layer.key_dim) * size
             near += far * layer.numbers * size * (heads // layer.heads if self.per_head else 1)
             near += hot * layer.numbers * size + 4 * heads * recent
-            near += 4 * heads * layer.key_dim * (stored // self.block) * 3 // 2
+            standing += 4 * heads * layer.key_dim * (stored // self.block) * 3 // 2
             blocks += stored * layer.numbers * size
         # What grows by half at a time is copied meanwhile.
         blocks = rows * blocks if self.store == "file" else rows * blocks * 3 // 2
         where = {"file": "file", "memory": "main", "device": "device"}[self.store]
         parts = {"device": rows * near, "main": 0, "file": 0}
         parts[where] += blocks
+        parts["device" if self.representatives_in == "device" else "main"] += rows * standing
         return Footprint(**parts)
 
 
@@ -232,7 +236,7 @@ class BlockMemory:
         self.recent = RecentEntries(method.window, method.block)
         self.store = BlockStore(method.store, "InfLLM")
         self.standing: Tensor | None = None
-        """Representatives of blocks (rows, room, query heads, head_dim), float32."""
+        """Representatives of blocks (rows, room, query heads, head_dim), float32, where the method wants them."""
         self._hot: HotBlocks | None = None
         self._far: LookedUp | None = None
         self._lookups = 0
@@ -353,9 +357,14 @@ class BlockMemory:
         if self.turn.none:
             return query, query, key
         last, scale = self.method.window - 1, self.method.distance_scale
+        if query.shape[2] == 1:
+            # All of a single token's in one go: it costs what the calls cost.
+            heads, turned = query.shape[1], torch.cat([query, query, key], 1)
+            stands = ((last, heads), (begin, heads + key.shape[1]))
+            self.turn.turn_by_(turned, self.text.angles_of_heads(self.turn, stands, query, scale))
+            return turned[:, heads : 2 * heads], turned[:, :heads], turned[:, 2 * heads :]
         far_end = self.text.angles(self.turn, last, last + 1, query, scale)
         distant = self.turn.turn_by_(query.clone(memory_format=torch.contiguous_format), far_end)
-        # Both in one go: a single token's turn costs what its calls cost.
         both = self.turn.turn_by_(torch.cat([query, key], 1), self.text.angles(self.turn, begin, end, query, scale))
         return both[:, : query.shape[1]], distant, both[:, query.shape[1] :]
 
@@ -379,12 +388,12 @@ class BlockMemory:
         """(n, groups, blocks) numbers of the `known` blocks that agree best with (rows, n, heads, head_dim)."""
         assert self.standing is not None
         standing = self.standing[:, :known]
+        means = means.to(standing.device)
         if self.method.per_head:
             scores = torch.einsum("rnhd,rlhd->lrhn", standing, means).flatten(1, 2)
         else:
             scores = (standing.flatten(2) @ means.flatten(2).transpose(1, 2)).permute(2, 0, 1)
         wanted: NDArray[np.int64] = scores.topk(self.method.blocks, sorted=False).indices.cpu().numpy()
-        wanted.sort(-1)
         return wanted
 
     def _score_ahead(self, query: Tensor, begin: int, ends: list[int], scaling: float) -> None:
@@ -442,6 +451,8 @@ class BlockMemory:
         picked = keys.float().gather(3, best[..., None].expand(*best.shape, dim))
         means = picked.unflatten(3, (self._heads // groups, -1)).mean(4)
         fresh = means.permute(0, 2, 1, 3, 4).reshape(rows, count, self._heads, dim)
+        if self.method.representatives_in == "memory":
+            fresh = fresh.cpu()
         known = self.store.count
         if self.standing is None or self.standing.shape[1] < known + count:
             grown = fresh.new_empty(rows, (known + count) * 3 // 2 + 16, self._heads, dim)
@@ -470,22 +481,25 @@ class BlockMemory:
     @property
     def bytes(self) -> int:
         """Memory held, files not counted."""
-        return self._near_bytes + self.store.bytes
+        return sum(self._near_and_far_bytes) + self.store.bytes
 
     @property
-    def _near_bytes(self) -> int:
-        standing = self.standing.nbytes if self.standing is not None else 0
-        return int(standing) + sum(part.bytes for part in (self.recent, self._far, self._hot) if part is not None)
+    def _near_and_far_bytes(self) -> tuple[int, int]:
+        """Of what the device holds, and of representatives in main memory."""
+        near = sum(part.bytes for part in (self.recent, self._far, self._hot) if part is not None)
+        standing = int(self.standing.nbytes) if self.standing is not None else 0
+        return (near + standing, 0) if self.method.representatives_in == "device" else (near, standing)
 
     def report(self) -> dict[str, Any]:
         """Counts and bytes, and where the blocks begin that the last token (or tokens) looked up, per group."""
         chosen = np.empty(0, dtype=np.int64) if self._far is None else self._far.chosen
+        near, far = self._near_and_far_bytes
         counts = dict(self._hot.counts) if self._hot is not None else {"hot_hits": 0, "hot_misses": 0}
         return {
             "blocks": self.store.count,
             "lookups": self._lookups,
-            "near_bytes": self._near_bytes,
-            "stored_bytes": self.store.stored_bytes,
+            "near_bytes": near,
+            "stored_bytes": self.store.stored_bytes + far,
             **counts,
             "retrieved": (np.unique(chosen[chosen >= 0]) * self.method.block + self.method.sinks).tolist(),
         }
