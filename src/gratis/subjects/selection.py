@@ -13,6 +13,8 @@ from torch import Tensor
 
 SAMPLE_BLOCKS = 256
 SAMPLE_BLOCK = 1024
+SAMPLED = 16
+"""At most one number of so many is in a sample: of a small tensor all but few would cost more than they spare."""
 MOST_HELD = 8_000_000
 """Numbers within the bracket that are held at a time, however long the stream is."""
 
@@ -102,7 +104,7 @@ class _Seen:
 class _Search:
     """The search for one stream's k-th magnitude. Magnitudes of float32 order as their bits do, read as integers."""
 
-    def __init__(self, total: int, keep: int, sample: Tensor) -> None:
+    def __init__(self, total: int, keep: int, sample: NDArray[np.float32]) -> None:
         self._total, self._keep = total, keep
         self._bracket = _bracket(sample, (total - keep) / max(total - 1, 1))
         self._below = self._seen = self._held = 0
@@ -198,28 +200,32 @@ def _counted_there(magnitudes: Tensor, low: int, high: int) -> tuple[int, int, i
     return int((bits < low).sum()), *_parted(found, low, high)
 
 
-def _samples(stretches: Sequence[Stretch], magnitudes: Callable[[Stretch], Sequence[Tensor]]) -> list[Tensor]:
-    """Some of each stream's numbers, from blocks spread over it, sorted."""
-    step = max(sum(stretch.count for stretch in stretches) // SAMPLE_BLOCKS, 1)
-    pieces: list[list[Tensor]] = []
+def _samples(
+    stretches: Sequence[Stretch], magnitudes: Callable[[Stretch], Sequence[Tensor]]
+) -> list[NDArray[np.float32]]:
+    """Some of each stream's numbers, from blocks spread over it."""
+    step = max(sum(stretch.count for stretch in stretches) // SAMPLE_BLOCKS, SAMPLED * SAMPLE_BLOCK)
+    pieces: list[list[NDArray[np.float32]]] = []
     wanted = passed = 0
     for stretch in stretches:
         while wanted < passed + stretch.count:
             at = stretch.start + wanted - passed
             count = min(SAMPLE_BLOCK, stretch.start + stretch.count - at)
-            pieces.append([values.cpu().clone() for values in magnitudes(Stretch(stretch.tensor, at, count))])
+            pieces.append(
+                [values.numpy(force=True).copy() for values in magnitudes(Stretch(stretch.tensor, at, count))]
+            )
             wanted += step
         passed += stretch.count
-    return [torch.cat(stream).sort().values for stream in zip(*pieces, strict=True)]
+    return [np.concatenate(stream) for stream in zip(*pieces, strict=True)]
 
 
-def _bracket(sample: Tensor, share: float) -> tuple[int, int]:
+def _bracket(sample: NDArray[np.float32], share: float) -> tuple[int, int]:
     """Bits of two magnitudes between which the one at `share` of the stream almost surely is."""
     margin = 0.01 if len(sample) > 100_000 else 0.02 if len(sample) > 10_000 else 0.1
     last = len(sample) - 1
-    low = sample[max(int((share - margin) * last), 0)] if share > margin else torch.tensor(0.0)
-    high = sample[min(int((share + margin) * last) + 1, last)]
-    return int(low.view(torch.int32)), int(high.view(torch.int32))
+    low, high = max(int((share - margin) * last), 0), min(int((share + margin) * last) + 1, last)
+    bits = np.partition(sample, (low, high))[[low, high]].view(np.uint32)
+    return int(bits[0]) if share > margin else 0, int(bits[1])
 
 
 def _by_bits(stretches: Sequence[Stretch], rank: int, total: int, magnitudes: Magnitudes, run: Run) -> Kept:
