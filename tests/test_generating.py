@@ -113,6 +113,7 @@ def test_an_interrupted_answer_shows_what_was_written(tiny_model, capsys):
     shown = capsys.readouterr()
     assert len(shown.out.strip()) == 6
     assert "interrupted; greedy: 6 tokens" in shown.err
+    assert "left out" not in shown.err
 
 
 @pytest.mark.parametrize(

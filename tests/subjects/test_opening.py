@@ -23,6 +23,13 @@ def test_a_folder_opens_as_the_model_that_was_saved(tmp_path):
     assert gratis.open(str(tmp_path / "model"), dtype="bfloat16").dtype == torch.bfloat16
 
 
+def test_a_folder_opens_as_the_class_that_it_names(tmp_path):
+    from gratis.zoo import folder_of
+
+    assert type(gratis.open(folder_of("arithmetic-masked"))).__name__ == "ModernBertForMaskedLM"
+    assert type(gratis.open(folder_of("sprites-captioner"))).__name__ == "VisionEncoderDecoderModel"
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [

@@ -41,6 +41,9 @@ def run(arguments: Sequence[str]) -> int:
         if done == INTERRUPTED:
             raise KeyboardInterrupt
         return done if isinstance(done, int) else 0
+    except SystemExit as done:
+        # From a command that has said why.
+        return int(done.code or 0)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted; what was being written was left out.", INTERRUPTED)
     except BrokenPipeError:

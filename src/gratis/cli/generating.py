@@ -73,7 +73,7 @@ def generate(
     if all(one.kind != "decode" for one in chosen):
         chosen.append(arguments.method("greedy"))
     if _from_model(subject, chosen, asked, max_new_tokens, stop or [], seed, raw, as_json):
-        raise typer.Exit(INTERRUPTED)
+        raise SystemExit(INTERRUPTED)
 
 
 def _check_writes(method: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from collections.abc import Callable
@@ -95,15 +96,18 @@ def set_tokenizer(model: Any, tokenizer: Any) -> None:
     _tokenizers[model] = tokenizer
 
 
-def _language_model(source: str, dtype: Any, device: Any) -> Any:
+def _language_model(source: str, dtype: Any, device: Any, kind: str = "") -> Any:
+    """A model of transformers: of the class named, where transformers has it, else a causal language model."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    loader = getattr(transformers, kind, None) or transformers.AutoModelForCausalLM
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype) or torch.float32)
+            model = loader.from_pretrained(source, dtype=_dtype(dtype) or torch.float32)
     except (OSError, ValueError, KeyError) as error:
-        raise FileError(f"{source} cannot be opened as a language model: {_first_line(error)}") from error
+        what = "a language model" if loader is transformers.AutoModelForCausalLM else f"a {kind}"
+        raise FileError(f"{source} cannot be opened as {what}: {_first_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -120,7 +124,16 @@ def _folder(path: Path, dtype: Any, device: Any) -> Any:
         if len(found) == 1:
             return _language_model(str(convert_gguf(found[0])), dtype, device)
         raise FileError(f"{path} holds no model: neither config.json, nor model_index.json, nor one .gguf file.")
-    return _language_model(str(path), dtype, device)
+    return _language_model(str(path), dtype, device, _named_class(path))
+
+
+def _named_class(folder: Path) -> str:
+    """The class that a folder's configuration names first, or nothing."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    except (ValueError, AttributeError):
+        return ""  # Not JSON: said when the model is loaded.
+    return str(named[0])
 
 
 def _hub(name: str, dtype: Any, device: Any) -> Any:
