@@ -5,8 +5,9 @@
 
 On the embedded language model. Trials of one length after the same prefix, in turns: one, five side by side on the
 prefix's own cache, and five as rows of a copied cache: CPU seconds of one thread (medians), and wall seconds of two (the
-shortest of the rounds, as other work may share the cores). Then whole responses beside plain sampling, one thread.
-Renews its part of benchmarks/results/cntp.json.
+shortest of the rounds, as other work may share the cores). The model's linear layers alone say what five rows cost
+beside one at least. Then whole responses beside plain sampling, one thread. Renews its part of
+benchmarks/results/cntp.json.
 """
 
 from __future__ import annotations
@@ -89,6 +90,24 @@ def segments(
     return found
 
 
+def linear_layers(
+    model: Any, rounds: int, clock: Callable[[], float], summary: Callable[[Sequence[float]], float]
+) -> float:
+    """What the products of all linear layers take for a row per trial, over what they take for one row."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    seen: dict[int, list[float]] = {1: [], TRIALS: []}
+    for number in range(2 * rounds + 1):
+        for rows, times in seen.items():
+            inputs = {layer.in_features: torch.ones(1, rows, layer.in_features) for layer in layers}
+            begin = clock()
+            for layer in layers:
+                layer(inputs[layer.in_features])
+            took = clock() - begin
+            if number:
+                times.append(took)
+    return round(summary(seen[TRIALS]) / summary(seen[1]), 2)
+
+
 def responses(model: Any, tokenizer: Any) -> dict[str, Any]:
     """CPU seconds per token of the response beside sampling, on openings of paragraphs of documentation."""
     texts = [part for part in documentation().split("\n\n") if len(part) > 400][:6]
@@ -147,6 +166,8 @@ def main() -> None:
         ("wall s", time.perf_counter, min) if chosen.threads == 2 else ("CPU s", time.process_time, statistics.median)
     )
     with torch.no_grad():
+        bound = linear_layers(model, chosen.rounds, *measure[1:])
+        renew("cntp", {f"linear layers alone, five rows over one, threads: {chosen.threads}": bound})
         found = dict(stored("cntp").get(name, {}))
         for prefix in chosen.prefixes:
             found |= segments(model, tokenizer, [prefix], chosen.rounds, *measure)

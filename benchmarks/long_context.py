@@ -1,14 +1,15 @@
 """Time, memory and loss against the length of a text: full cache, sliding window, LaCache, InfLLM, block top-k.
 
-    OMP_NUM_THREADS=1 python benchmarks/long_context.py [decoding] [streaming] [loss] [--device cuda]
+    OMP_NUM_THREADS=1 python benchmarks/long_context.py [decoding] [bfloat16] [streaming] [loss] [--device cuda]
 
 On the embedded language model. "decoding": at several lengths all arms read the same next tokens one by one, in turns,
-on models that share their weights; at the longest also with two threads, in wall time. "streaming", or
+on models that share their weights; at the longest also with two threads, in wall time. "bfloat16": the longest alone,
+in half precision. "streaming", or
 "streaming:LaCache" for one arm: each arm reads 32,768 tokens in a process of its own whose memory is watched (the full
-cache stops at 12,288, past the window). "loss", or "loss:LaCache": what each arm makes of those tokens, on three
-stretches of documentation and three of source code; block top-k, which reads densely, is compared token by token at the
-end of each stretch. Only "loss" takes a device. Writes benchmarks/results/long_context.json; a named part renews only
-its own figures.
+cache stops at 12,288, past the window; InfLLM keeps all that grows off the device). "loss", or "loss:LaCache": what
+each arm makes of those tokens, on three stretches of documentation and three of source code; block top-k, which reads
+densely, is compared token by token at the end of each stretch. Only "loss" takes a device. Writes
+benchmarks/results/long_context.json; a named part renews only its own figures.
 """
 
 from __future__ import annotations
@@ -68,6 +69,26 @@ def decoding(device: str) -> None:
         f"wall time per decoded token at {history}, two threads": {n: round(1e3 * s, 1) for n, s in wall.items()},
         f"full cache over each at {history}, two threads": {n: round(wall["full cache"] / s, 2) for n, s in wall.items()},
     })  # fmt: skip
+
+
+def half_precision(device: str) -> None:
+    """Wall time per token at the longest length in bfloat16, with one thread and with two."""
+    model, history, rows = gratis.open("smollm2", dtype="bfloat16"), HISTORIES[-1], []
+    ids = tokens_of(gratis.subjects.tokenizer_of(model), documentation(), history + 2 * STEPS + 4)
+    readers = {name: Reader(model, ARMS[name]) for name in ("full cache", "sliding window", "LaCache")}
+    torch.set_num_threads(2)
+    for reader in readers.values():
+        reader.read(ids[:, :history], CHUNK)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        seen, _ = steps(readers, ids, STEPS, clock=time.perf_counter)
+        wall = {name: statistics.median(values) for name, values in seen.items()}
+        rows.append({
+            "threads": threads, **{f"{name}, ms": round(1e3 * took, 1) for name, took in wall.items()},
+            **{f"full cache over {name}": round(wall["full cache"] / wall[name], 2) for name in list(wall)[1:]},
+        })  # fmt: skip
+    torch.set_num_threads(1)
+    renew("long_context", {f"wall time per decoded token at {history}, bfloat16": rows})
 
 
 def histories() -> Iterator[tuple[dict[str, Reader], torch.Tensor, int]]:
@@ -138,7 +159,8 @@ def stream(name: str) -> list[dict[str, Any]]:
     length = FULL if name == "full cache" else STREAMED
     ids = tokens_of(gratis.subjects.tokenizer_of(model), documentation(), length)
     Reader(model, ()).read(ids[:, :CHUNK])
-    reader, rows = Reader(model, ARMS[name]), []
+    methods = ARMS[name] if name != "InfLLM" else (gratis.InfLLM(**INFLLM, representatives_in="memory"),)
+    reader, rows = Reader(model, methods), []
     base = resident_bytes()
     for start in range(0, length, SEGMENT):
         with PeakMemory() as peak:
@@ -220,6 +242,7 @@ def texts(device: str) -> tuple[Any, torch.Tensor]:
 
 PARTS: dict[str, Callable[[str], None]] = {
     "decoding": decoding,
+    "bfloat16": half_precision,
     **{f"streaming:{name}": lambda device, name=name: streaming(name) for name in ARMS},  # type: ignore[misc]
     **{f"loss:{name}": lambda device, name=name: loss(name, device) for name in (*ARMS, TOP_K)},  # type: ignore[misc]
 }
@@ -236,7 +259,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.parts) - {*PARTS, "streaming", "loss"}:
         parser.error(f"no part {sorted(unknown)}: choose among {['streaming', 'loss', *PARTS]}")
-    asked = given.parts or ["decoding", "streaming", "loss"]
+    asked = given.parts or [*PARTS]
     for name, measure in PARTS.items():
         if name in asked or name.partition(":")[0] in asked:
             measure(given.device)

@@ -5,8 +5,9 @@
 A Llama of the shape of Llama 3.2 1B in bfloat16 with random weights: time and memory only, what it writes means nothing.
 The full cache reads its prompt at once, with FlashAttention by way of torch's scaled_dot_product_attention; the bounded
 ones read it 2,048 tokens at a time. Then single tokens are written, with a synchronisation after each; the figure is
-their median. Peak memory is that of torch's allocator above the weights. What does not run is stored with the reason.
-Writes benchmarks/results/long_context_gpu.json row by row.
+their median. cuDNN's attention, which plans anew for every length, is off but where torch chooses by itself. Peak
+memory is that of torch's allocator above the weights. What does not run is stored with the reason. Writes
+benchmarks/results/long_context_gpu.json row by row.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ import gratis
 
 LENGTHS, CHUNK, STEPS = (8192, 32768, 131072), 2048, 24
 BUDGET = 4096
+INFLLM: dict[str, Any] = {"window": BUDGET // 2, "sinks": 128, "block": 128, "blocks": 15, "chunk": None}
 SHAPE: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072 + 1024,
@@ -42,30 +44,32 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 TINY |= {"num_hidden_layers": 2, "vocab_size": 256}
+KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 TITLE = f"writing after a history, {BUDGET} tokens attended to"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Methods for a length, the attention of the model, and whether the prompt is read in pieces."""
+    """Methods for a length, the attention of the model, its kernels (None: torch's choice), and pieces of the prompt."""
 
     methods: Callable[[int], tuple[Any, ...]]
     attention: str = "sdpa"
-    kernel: SDPBackend | None = None
+    kernels: list[SDPBackend] | None = field(default_factory=lambda: list(KERNELS))
     chunk: int | None = None
 
 
 ARMS = {
-    "full cache, FlashAttention": Arm(lambda length: (), kernel=SDPBackend.FLASH_ATTENTION),
+    "full cache, FlashAttention": Arm(lambda length: (), kernels=[SDPBackend.FLASH_ATTENTION]),
     "sliding window": Arm(lambda length: (gratis.SlidingWindow(budget=BUDGET),), chunk=CHUNK),
     "LaCache": Arm(lambda length: (gratis.LaCache(budget=BUDGET),), chunk=CHUNK),
-    "InfLLM, blocks in main memory": Arm(
-        lambda length: (gratis.InfLLM(window=BUDGET // 2, sinks=128, block=128, blocks=15, chunk=None),), chunk=CHUNK
+    "InfLLM, blocks in main memory": Arm(lambda length: (gratis.InfLLM(**INFLLM),), chunk=CHUNK),
+    "InfLLM, representatives there too": Arm(
+        lambda length: (gratis.InfLLM(**INFLLM, representatives_in="memory"),), chunk=CHUNK
     ),
     "block top-k, a quarter": Arm(
         lambda length: (gratis.BlockTopK(blocks=max(1, (length // 4 - 64 - 4) // 16), window=64),)
     ),
-    "full cache, sdpa in pieces": Arm(lambda length: (), chunk=CHUNK),
+    "full cache, torch's choice, in pieces": Arm(lambda length: (), kernels=None, chunk=CHUNK),
     "full cache, flex attention": Arm(lambda length: (), attention="flex_attention", chunk=CHUNK),
 }
 
@@ -106,7 +110,7 @@ def measure(model: Any, ids: Tensor, arm: Arm, steps: int) -> dict[str, Any]:
     length = ids.shape[1] - steps - 1
     clock = Clock(ids.device)
     base, cache = clock.memory(), None
-    with sdpa_kernel(arm.kernel) if arm.kernel is not None and clock.cuda else nullcontext():
+    with sdpa_kernel(arm.kernels) if arm.kernels is not None and clock.cuda else nullcontext():
         for piece in ids[:, :length].split(arm.chunk or length, 1):
             out = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values

@@ -1,10 +1,12 @@
 """Merging three 135M models: MB per CPU second and memory, beside mergekit and a plain loop in torch.
 
     OMP_NUM_THREADS=1 python benchmarks/merging.py [--rounds 3] [--dtypes bfloat16] [--methods ties] [--no-scopes]
+    OMP_NUM_THREADS=1 python benchmarks/merging.py --large [--rounds 1]
 
 The embedded language model and three perturbed copies of it, in bfloat16 and float32. Each merge runs in a process of
-its own with one thread, in turns; imports are not counted. Writes benchmarks/results/merging.json, of which
-parts can be renewed alone.
+its own with one thread, in turns; imports are not counted. `--large`: TIES over checkpoints of three billion random
+weights in bfloat16, made on the fly (24 GB of disk, and 6 more for what is merged). Writes
+benchmarks/results/merging.json, of which parts can be renewed alone.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 import torch
 from measuring import medians, peer_python, run_apart, store, stored
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gratis.subjects.embedded import embedded_folder
 
@@ -33,6 +36,7 @@ SPEED = "MB of experts per CPU s"
 RATIOS = "MB per CPU second, ratios"
 SCOPES = "CPU seconds of TIES with a global threshold and with one per tensor"
 COPIES = "MB per CPU second, TIES to a plain copy of the same bytes"
+LARGE = "TIES over three checkpoints of three billion weights, bfloat16"
 SPEEDS = "TIES on one thread beside memory and disk, wall time"
 
 
@@ -53,6 +57,55 @@ def models(folder: Path, dtype: torch.dtype) -> list[Path]:
         tokenizer.save_pretrained(path)
         made.append(path)
     return made
+
+
+def large_models(folder: Path) -> list[Path]:
+    """A base and three experts of three billion weights, the shape of Llama 3.2 3B with a smaller vocabulary."""
+    source = embedded_folder("smollm2")
+    tokenizer, made = AutoTokenizer.from_pretrained(source), []
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, dtype="bfloat16", bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(config).named_parameters()}
+    # Weights are stretches of one long row of random numbers: drawing billions takes longer than merging them.
+    drawn = torch.randn(1 << 28, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+    for number in range(4):
+        tensors, at = {}, 0
+        for name, shape in shapes.items():
+            size = torch.Size(shape).numel()
+            at = (at + 7919) % (len(drawn) - size - 500_000)
+            weight = drawn[at : at + size]
+            if number:
+                weight = weight + 0.02 * drawn[at + 104_729 * number : at + 104_729 * number + size]
+            tensors[name] = weight.to(torch.bfloat16).view(shape)
+        path = folder / f"model{number}"
+        path.mkdir()
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        made.append(path)
+    return made
+
+
+def large(python: dict[str, str], script: Path, rounds: int) -> list[dict[str, Any]]:
+    """TIES over three billion weights, arm by arm."""
+    with tempfile.TemporaryDirectory() as name:
+        inputs, out = large_models(Path(name)), Path(name) / "out"
+        seen: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ("copy", *ARMS)}
+        for _ in range(rounds):
+            for arm in track(seen, description="three billion weights"):
+                seen[arm].append(run_apart(python[arm], script, arm, "ties", *inputs, out))
+                shutil.rmtree(out)
+                print(arm, seen[arm][-1], flush=True)
+    middle = {arm: medians(found) for arm, found in seen.items()}
+    speeds = {arm: row[SPEED] for arm, row in middle.items()}
+    return [
+        {"arm": arm, "rounds": rounds, **row, "gratis over it": round(speeds["gratis"] / speeds[arm], 3)}
+        for arm, row in middle.items()
+    ]
 
 
 def bandwidth(folder: Path) -> dict[str, float]:
@@ -99,11 +152,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--no-scopes", action="store_true", help="leave out TIES' two scopes and the plain copy")
+    parser.add_argument("--large", action="store_true", help="only three billion weights, with TIES")
     wish = parser.parse_args()
     rounds = wish.rounds
     script = Path(__file__).parent / "measuring" / "merge_once.py"
     peer = peer_python("mergekit", "mergekit==0.1.5", "transformers==5.23.0")
     python = {"gratis": sys.executable, "plain": sys.executable, "mergekit": peer, "copy": sys.executable}
+    if wish.large:
+        store("merging", {**stored("merging"), LARGE: large(python, script, rounds)})
+        return
     rows, ratios, scopes, copies, speeds = [], [], [], [], []
     with tempfile.TemporaryDirectory() as name:
         for label in wish.dtypes:
@@ -160,7 +217,8 @@ def main() -> None:
     same |= {SCOPES: ("dtype",), COPIES: ("dtype",), SPEEDS: ("dtype",)}
     fresh = {"three models merged": rows, RATIOS: ratios, SCOPES: scopes, COPIES: copies, SPEEDS: speeds}
     content = {title: joined(title, fresh[title], by) for title, by in same.items()}
-    store("merging", {"repeat": "OMP_NUM_THREADS=1 python benchmarks/merging.py", **content})
+    kept = {LARGE: stored("merging")[LARGE]} if LARGE in stored("merging") else {}
+    store("merging", {"repeat": "OMP_NUM_THREADS=1 python benchmarks/merging.py", **content, **kept})
 
 
 if __name__ == "__main__":

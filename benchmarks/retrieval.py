@@ -1,9 +1,10 @@
 """Recall of a number hidden in a long text, by method, length and depth, on the embedded language model.
 
-    OMP_NUM_THREADS=1 python benchmarks/retrieval.py [--device cuda] [--dtype T] [--keys N] [SETTING] [SETTING:ARM] [:ARM] …
+    OMP_NUM_THREADS=1 python benchmarks/retrieval.py [--device cuda] [--dtype T] [--texts N] [SETTING] [SETTING:ARM] [:ARM] …
 
-A pass key is stated once at one of five depths of a text; the text ends by asking for it. Texts are read 128 tokens at
-a time, and the last token by itself; what those of one depth share, the beginning, is read once. InfLLM attends to
+A pass key is stated once at one of five depths of a text; the text ends by asking for it. Every text is another stretch
+of the prose, with a key of its own at each depth. Texts are read 128 tokens at a time, and the last token by itself.
+InfLLM attends to
 1,024 latest and 32 first tokens and to 16 blocks of 64; the others to as many tokens. Block top-k reads densely and
 differs from the full cache only while it writes. Writes benchmarks/results/retrieval.json arm by arm; a named setting,
 or one arm of it, renews only its own.
@@ -12,7 +13,6 @@ or one arm of it, renews only its own.
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,8 @@ QUESTION = " What is the pass key? The pass key is"
 WRITTEN, CHUNK, WINDOW, SINKS, BLOCK, BLOCKS = 7, 128, 1024, 32, 64, 16
 ATTENDED = WINDOW + SINKS + BLOCK * BLOCKS
 ARMS = ("full cache", "sliding window", "LaCache", "InfLLM", "block top-k")
+STRIDE = 6173
+"""Tokens from the beginning of one text's prose to that of the next: of another stretch, or of another place in the filler."""
 LENGTHS = (1000, 2000, 4000, 8000, 10000, 13000)
 PROSE = {"filler": FILLER, "documentation": documentation()}
 
@@ -75,38 +77,35 @@ def methods(arm: str, device: str) -> tuple[Any, ...]:
     }[arm]
 
 
-def recall(model: Any, tokenizer: Any, setting: Setting, arm: str, keys: int) -> dict[str, Any]:
-    """What is stored of one arm, with so many keys per depth."""
+def recall(model: Any, tokenizer: Any, setting: Setting, arm: str, texts: int, rows: int) -> dict[str, Any]:
+    """What is stored of one arm: in every text, which begins at a place of its own, a key at each depth."""
 
     def ids(text: str) -> Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, device=model.device)
+        return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 
-    filler = tokens_of(tokenizer, PROSE[setting.prose], setting.length)[0].to(model.device)
-    reader, numbers = Reader(model, methods(arm, model.device.type)), random.Random(setting.length)
-    before, read, found, length = None, 0, [], 0
-    for depth in track(DEPTHS, description=f"{setting.title}, {arm}"):
-        cut = round(depth * setting.length)
-        beginning = filler[read:cut] if read else torch.cat([ids(BEGINNING), filler[:cut]])
-        reader.cache = before
-        reader.read(beginning[None], CHUNK)
-        before, read = reader.cache, cut
-        hidden = [random_key(numbers) for _ in range(keys)]
-        rest = torch.stack([torch.cat([ids(FACT.format(key=key)), filler[cut:], ids(QUESTION)]) for key in hidden])
-        reader.cache = copy.deepcopy(before)
-        reader.cache.batch_repeat_interleave(keys)
-        reader.read(rest[:, :-1], CHUNK)
-        length = len(ids(BEGINNING)) + cut + rest.shape[1]
-        written = tokenizer.batch_decode(reader.write(reader.read(rest[:, -1:]), WRITTEN))
-        found.append(sum(key in words for key, words in zip(hidden, written, strict=True)))
-    trials = keys * len(DEPTHS)
+    numbers, prompts, keys, found = random.Random(setting.length), [], [], []
+    for number in range(texts):
+        filler = tokens_of(tokenizer, PROSE[setting.prose], setting.length, number * STRIDE)[0]
+        for depth in DEPTHS:
+            cut = round(depth * setting.length)
+            keys.append(random_key(numbers))
+            fact = ids(FACT.format(key=keys[-1]))
+            prompts.append(torch.cat([ids(BEGINNING), filler[:cut], fact, filler[cut:], ids(QUESTION)]))
+    together = torch.stack(prompts).to(model.device).split(rows)
+    for part in track(together, description=f"{setting.title}, {arm}"):
+        reader = Reader(model, methods(arm, model.device.type))
+        reader.read(part[:, :-1], CHUNK)
+        written = tokenizer.batch_decode(reader.write(reader.read(part[:, -1:]), WRITTEN))
+        found += [key in words for key, words in zip(keys[len(found) :], written, strict=False)]
+    length = prompts[0].shape[0]
     return {
         "arm": arm,
         "numbers": str(model.dtype).removeprefix("torch."),
         "attends to": length if arm == "full cache" else min(ATTENDED, length),
         "found": sum(found),
-        "of": trials,
-        "interval": wilson(sum(found), trials),
-        **{f"depth {depth}": each for depth, each in zip(DEPTHS, found, strict=True)},
+        "of": len(found),
+        "interval": wilson(sum(found), len(found)),
+        **{f"depth {depth}": sum(found[at :: len(DEPTHS)]) for at, depth in enumerate(DEPTHS)},
     }
 
 
@@ -116,7 +115,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="SETTING[:ARM]", help=f"of {list(SETTINGS)} and {list(ARMS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--keys", type=int, default=4, help="keys per depth, whose texts are read at once")
+    parser.add_argument("--texts", type=int, default=4, help="stretches of prose, each read with a key at each depth")
+    parser.add_argument("--rows", type=int, default=5, help="texts read at once")
     given = parser.parse_args()
     chosen = []
     for part in given.parts or SETTINGS:
@@ -129,7 +129,7 @@ def main() -> None:
     model = gratis.open("smollm2", dtype=given.dtype, device=given.device)
     tokenizer = gratis.subjects.tokenizer_of(model)
     for setting, arm in chosen:
-        row = recall(model, tokenizer, setting, arm, given.keys)
+        row = recall(model, tokenizer, setting, arm, given.texts, given.rows)
         renew_rows("retrieval", setting.title, [row], lambda row: ARMS.index(row["arm"]), given.device, arm)
 
 

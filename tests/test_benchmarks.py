@@ -105,8 +105,8 @@ def test_of_several_forms_of_one_arm_the_first_that_ran_is_drawn():
     plots = loaded("docs/plots.py", "plots")
     rows = [
         {"history": 8, "arm": "full cache, FlashAttention", "did not run": "no kernel"},
-        {"history": 8, "arm": "full cache, sdpa in pieces", "speed": 3},
+        {"history": 8, "arm": "full cache, torch's choice, in pieces", "speed": 3},
         {"history": 4, "arm": "full cache, FlashAttention", "speed": 5},
-        {"history": 4, "arm": "full cache, sdpa in pieces", "speed": 2},
+        {"history": 4, "arm": "full cache, torch's choice, in pieces", "speed": 2},
     ]
     assert plots.by_history(rows, "speed") == [{"history": 4, "full cache": 5}, {"history": 8, "full cache": 3}]
