@@ -141,6 +141,19 @@ def test_transposed_weights_and_dora(tmp_path):
         AdaptedCheckpoint(base, adapter(tmp_path / "columns", parts, fan_in_fan_out=True, use_dora=True))
 
 
+def test_what_an_adapter_saves_beside_its_factors_is_what_they_change(tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    table, a, b = (torch.randn(*shape, generator=generator) for shape in ((20, 12), (4, 20), (12, 4)))
+    base = Checkpoint(put(tmp_path / "base", {"model.embed_tokens.weight": torch.zeros(20, 12)}))
+    parts = {
+        "model.embed_tokens.base_layer.weight": table,
+        "model.embed_tokens.lora_embedding_A": a,
+        "model.embed_tokens.lora_embedding_B": b,
+    }
+    got = AdaptedCheckpoint(base, adapter(tmp_path / "lora", parts)).view("model.embed_tokens.weight").view(20, 12)
+    torch.testing.assert_close(got, table + 2 * a.T @ b.T)
+
+
 def test_adapters_are_merged_like_checkpoints(tmp_path):
     tensors = base_tensors()
     put(tmp_path / "base", tensors, model_type="tiny")

@@ -104,13 +104,11 @@ class AdaptedCheckpoint(TensorSource):
 
     def view(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
         """(count,) elements from flat index `start` on: float32 where the adapter changes the tensor."""
-        if name in self._replaced:
-            return self._adapter.view(self._replaced[name], start, count)
         if name in self._shifts:
             count = self.places[name].elements - start if count is None else count
-            return self._base.view(name, start, count).float() + self._shifts[name][start : start + count]
+            return self._beneath(name, start, count).float() + self._shifts[name][start : start + count]
         if name not in self._changes:
-            return self._base.view(name, start, count)
+            return self._beneath(name, start, count)
         change = self._changes[name]
         elements = self.places[name].elements
         end = elements if count is None else start + count
@@ -121,10 +119,15 @@ class AdaptedCheckpoint(TensorSource):
         pieces = []
         for begin in range(start - start % group, end, group):
             stop = min(begin + group, elements)
-            weight = self._base.view(name, begin, stop - begin).float().view(-1, columns)
+            weight = self._beneath(name, begin, stop - begin).float().view(-1, columns)
             pieces.append(change.rows(weight, begin // columns).view(-1))
         first = start - start % group
         return torch.cat(pieces)[start - first : end - first]
+
+    def _beneath(self, name: str, start: int, count: int | None) -> Tensor:
+        """What low-rank changes are added to: the base's, or what the adapter has in its place."""
+        own = self._replaced.get(name)
+        return self._base.view(name, start, count) if own is None else self._adapter.view(own, start, count)
 
     def _check_kind(self) -> None:
         kind = self._config.get("peft_type")
@@ -143,7 +146,8 @@ class AdaptedCheckpoint(TensorSource):
                 module = name.removesuffix(f".{suffix}")
                 factors.setdefault(module, {})[FACTORS[suffix]] = self._adapter.tensor(own).float()
                 continue
-            target = self._target(name.replace(".modules_to_save.default", "").replace(".original_module", ""))
+            # Embeddings and heads are saved beside their changes, modules to save in their place.
+            target = self._target(re.sub(r"\.(modules_to_save\.default|original_module|base_layer)(?=\.)", "", name))
             if target is None:
                 raise FileError(f"{self.path}: {own!r} belongs to no tensor of {self._base.path}.")
             self._replaced[target] = own
