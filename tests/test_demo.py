@@ -12,21 +12,22 @@ from gratis.trials.measuring import try_method
 from tests.tasks.test_long_reading import subject
 
 
+@pytest.fixture(scope="module")
+def trial():
+    """What the demo measures, with the examples of the methods' cards, on a tiny model."""
+    methods = [one(**one.card.examples) for one in (gratis.SlidingWindow, gratis.LaCache)]
+    task = gratis.task_catalogue["long-reading"](tokens=96, chunk=8, recall=80, depths=3)
+    return try_method(gratis.InfLLM(**gratis.InfLLM.card.examples), subject(), task, against=methods, rounds=1)
+
+
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """The demo with the examples of the methods' cards and a tiny model; what it asked for is kept."""
+def tiny(monkeypatch, tmp_path, trial):
+    """The demo with what was measured put in; what it asked for is kept."""
     asked = {}
 
     def measure(chosen, model, task, against, rounds, seed, **options):
         asked.update(chosen=chosen, model=model, task=task, against=against)
-        methods = [one(**one.card.examples) for one in (gratis.SlidingWindow, gratis.LaCache)]
-        return try_method(
-            gratis.InfLLM(**gratis.InfLLM.card.examples),
-            subject(),
-            task.replace(tokens=96, chunk=8, recall=80),
-            against=methods,
-            rounds=1,
-        )
+        return trial
 
     monkeypatch.setattr(commands, "_measure", measure)
     monkeypatch.chdir(tmp_path)
