@@ -30,7 +30,7 @@ from gratis.subjects.sandbox import run_all
 from gratis.tasks.human_eval import problems, written_code
 from gratis.tasks.reasoning import encoded
 
-PROBLEMS, SEED, SAMPLES, LONGEST, TEMPERATURE = 23, 0, 8, 200, 0.8
+PROBLEMS, SEED, SAMPLES, LONGEST, TEMPERATURE = 100, 0, 8, 200, 0.8
 NAME = "human-eval"
 
 
