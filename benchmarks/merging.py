@@ -1,7 +1,7 @@
 """Merging three 135M models: MB per CPU second and memory, beside mergekit and a plain loop in torch.
 
     OMP_NUM_THREADS=1 python benchmarks/merging.py [--rounds 3] [--dtypes bfloat16] [--methods ties] [--no-scopes]
-    OMP_NUM_THREADS=1 python benchmarks/merging.py --large [--rounds 1]
+    OMP_NUM_THREADS=1 python benchmarks/merging.py --large [--rounds 1] [--arms gratis mergekit]
 
 The embedded language model and three perturbed copies of it, in bfloat16 and float32. Each merge runs in a process of
 its own with one thread, in turns; imports are not counted. `--large`: TIES over checkpoints of three billion random
@@ -90,11 +90,11 @@ def large_models(folder: Path) -> list[Path]:
     return made
 
 
-def large(python: dict[str, str], script: Path, rounds: int) -> list[dict[str, Any]]:
+def large(python: dict[str, str], script: Path, rounds: int, arms: list[str]) -> list[dict[str, Any]]:
     """TIES over three billion weights, arm by arm."""
     with tempfile.TemporaryDirectory() as name:
         inputs, out = large_models(Path(name)), Path(name) / "out"
-        seen: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ("copy", *ARMS)}
+        seen: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
         for _ in range(rounds):
             for arm in track(seen, description="three billion weights"):
                 seen[arm].append(run_apart(python[arm], script, arm, "ties", *inputs, out))
@@ -153,13 +153,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--no-scopes", action="store_true", help="leave out TIES' two scopes and the plain copy")
     parser.add_argument("--large", action="store_true", help="only three billion weights, with TIES")
+    parser.add_argument("--arms", nargs="+", choices=("copy", *ARMS), default=["copy", *ARMS], help="of --large")
     wish = parser.parse_args()
     rounds = wish.rounds
     script = Path(__file__).parent / "measuring" / "merge_once.py"
     peer = peer_python("mergekit", "mergekit==0.1.5", "transformers==5.23.0")
     python = {"gratis": sys.executable, "plain": sys.executable, "mergekit": peer, "copy": sys.executable}
     if wish.large:
-        store("merging", {**stored("merging"), LARGE: large(python, script, rounds)})
+        store("merging", {**stored("merging"), LARGE: large(python, script, rounds, wish.arms)})
         return
     rows, ratios, scopes, copies, speeds = [], [], [], [], []
     with tempfile.TemporaryDirectory() as name:
