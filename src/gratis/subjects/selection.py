@@ -124,7 +124,8 @@ class _Search:
         if low == high:
             at_low = int(np.count_nonzero(bits == low))
             return _Seen(low, high, len(bits), below, at_low, at_low, bits[:0].copy())
-        found = bits[np.subtract(bits, np.uint32(low)) <= np.uint32(high - low)]
+        # Where few are wanted, half the time of indexing by truth values.
+        found = bits.take(np.flatnonzero(np.subtract(bits, np.uint32(low)) <= np.uint32(high - low)))
         return _Seen(low, high, len(bits), below, *_parted(found, low, high))
 
     def add(self, seen: _Seen) -> None:
