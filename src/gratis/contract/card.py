@@ -29,6 +29,7 @@ HELD: Mapping[str, str] = {
     "kv cache": "keeps the cache in a way of its own",
     "logits": "makes the logits that tokens are chosen by",
     "scale of attention": "scales the logits of attention",
+    "text of a pass": "decides which text a pass of the model reads",
     "unet forward": "decides which parts of the U-Net run",
     "unmasking": "decides which tokens are unmasked",
 }

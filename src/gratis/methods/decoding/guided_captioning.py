@@ -54,7 +54,8 @@ class GuidedCaptioning(Decoding):
         summary="captions that say what tells a picture from others",
         unchanged_when={"gamma": 1.0},
         examples={"gamma": 2.0, "null": "absent"},
-        holds=("generate", "logits"),
+        holds=("generate", "logits", "text of a pass"),
+        why={"text of a pass": "reads two, with the picture or prompt and without it"},
         differs=(
             "Reading without the picture is the paper's for captioners that were trained with dropped pictures "
             "(null='trained'). The other ways, the cut and the guidance of plain language models by their prompt are this "

@@ -58,12 +58,13 @@ class InfLLM(Attachable):
             "representatives": 2,
         },
         any_length=True,
-        holds=("kv cache", "attention", "key of the first token", "scale of attention"),
+        holds=("kv cache", "attention", "key of the first token", "scale of attention", "text of a pass"),
         why={
             "kv cache": "keeps the text in blocks of its own and leaves no cache behind",
             "attention": "attends by itself, to its window and to the blocks that it looked up",
             "key of the first token": "keeps keys as they were before rotation and turns them anew",
             "scale of attention": "sees everything outside its window from one distance, however long the text is",
+            "text of a pass": "remembers one text in every pass of the model",
         },
         differs=(
             "A query attends to a token either inside its window or outside, never both: the released prefill counts up "
