@@ -139,7 +139,11 @@ def test_self_certainty_goes_over_any(name):
         (gratis.BlockTopK(), METHODS["lacache"], "entries must stay where they are, and lacache evicts .* and moves"),
         (METHODS["infllm"], METHODS["lacache"], "leaves no cache behind, and lacache evicts"),
         (METHODS["infllm"], gratis.LogLengthScaling(), "from one distance, however long the text is"),
-        (METHODS["infllm"], gratis.GuidedCaptioning(), "remembers one text in every pass of the model, and .* reads two"),
+        (
+            METHODS["infllm"],
+            gratis.GuidedCaptioning(),
+            "remembers one text in every pass of the model, and .* reads two",
+        ),
         (METHODS["infllm"], gratis.ZeroTuning(mode="key"), "keeps keys as they were before rotation"),
         (gratis.SlidingWindow(sinks=0), gratis.ZeroTuning(), "forgets the first token where it has no sinks"),
         (gratis.SelfCertainty(), gratis.Sampling(), "chooses the tokens that generate returns, .* does so too"),
