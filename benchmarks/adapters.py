@@ -39,8 +39,8 @@ def main() -> None:
         script = Path(__file__).parent / "measuring" / "peft_once.py"
         for kind in run_apart(python, script, base, out)["kinds"]:
             theirs = load_file(out / kind / "merged" / "model.safetensors")
-            ours = AdaptedCheckpoint(Checkpoint(base), out / kind / "adapter")
             plain = Checkpoint(base)
+            ours = AdaptedCheckpoint(plain, out / kind / "adapter")
             apart = [(ours.view(weight).view_as(theirs[weight]) - theirs[weight]).abs().max() for weight in theirs]
             changed = sum(
                 not torch.equal(plain.view(w).view_as(theirs[w]), theirs[w]) for w in theirs if w in plain.places

@@ -4,12 +4,11 @@
 
 On the embedded language model. "decoding": at several lengths all arms read the same next tokens one by one, in turns,
 on models that share their weights; at the longest also with two threads, in wall time. "bfloat16": the longest alone,
-in half precision. "streaming", or
-"streaming:LaCache" for one arm: each arm reads 32,768 tokens in a process of its own whose memory is watched (the full
-cache stops at 12,288, past the window; InfLLM keeps all that grows off the device). "loss", or "loss:LaCache": what
-each arm makes of those tokens, on three stretches of documentation and three of source code; block top-k, which reads
-densely, is compared token by token at the end of each stretch. Only "loss" takes a device. Writes
-benchmarks/results/long_context.json; a named part renews only its own figures.
+in half precision. "streaming", or "streaming:LaCache" for one arm: each arm reads 32,768 tokens in a process of its own
+whose memory is watched (the full cache stops at 12,288, past the window; InfLLM keeps all that grows off the device).
+"loss", or "loss:LaCache": what each arm makes of those tokens, on three stretches of documentation and three of source
+code; block top-k, which reads densely, is compared token by token at the end of each stretch. Only "loss" takes a
+device. Writes benchmarks/results/long_context.json; a named part renews only its own figures.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,12 +54,12 @@ class Arm:
 
     methods: Callable[[int], tuple[Any, ...]]
     attention: str = "sdpa"
-    kernels: list[SDPBackend] | None = field(default_factory=lambda: list(KERNELS))
+    kernels: tuple[SDPBackend, ...] | None = KERNELS
     chunk: int | None = None
 
 
 ARMS = {
-    "full cache, FlashAttention": Arm(lambda length: (), kernels=[SDPBackend.FLASH_ATTENTION]),
+    "full cache, FlashAttention": Arm(lambda length: (), kernels=(SDPBackend.FLASH_ATTENTION,)),
     "sliding window": Arm(lambda length: (gratis.SlidingWindow(budget=BUDGET),), chunk=CHUNK),
     "LaCache": Arm(lambda length: (gratis.LaCache(budget=BUDGET),), chunk=CHUNK),
     "InfLLM, blocks in main memory": Arm(lambda length: (gratis.InfLLM(**INFLLM),), chunk=CHUNK),
@@ -110,7 +110,7 @@ def measure(model: Any, ids: Tensor, arm: Arm, steps: int) -> dict[str, Any]:
     length = ids.shape[1] - steps - 1
     clock = Clock(ids.device)
     base, cache = clock.memory(), None
-    with sdpa_kernel(arm.kernels) if arm.kernels is not None and clock.cuda else nullcontext():
+    with sdpa_kernel(list(arm.kernels)) if arm.kernels is not None and clock.cuda else nullcontext():
         for piece in ids[:, :length].split(arm.chunk or length, 1):
             out = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values

@@ -4,10 +4,9 @@
 
 A pass key is stated once at one of five depths of a text; the text ends by asking for it. Every text is another stretch
 of the prose, with a key of its own at each depth. Texts are read 128 tokens at a time, and the last token by itself.
-InfLLM attends to
-1,024 latest and 32 first tokens and to 16 blocks of 64; the others to as many tokens. Block top-k reads densely and
-differs from the full cache only while it writes. Writes benchmarks/results/retrieval.json arm by arm; a named setting,
-or one arm of it, renews only its own.
+InfLLM attends to 1,024 latest and 32 first tokens and to 16 blocks of 64; the others to as many tokens. Block top-k reads
+densely and differs from the full cache only while it writes. Writes benchmarks/results/retrieval.json arm by arm; a
+named setting, or one arm of it, renews only its own.
 """
 
 from __future__ import annotations

@@ -152,6 +152,11 @@ def test_what_an_adapter_saves_beside_its_factors_is_what_they_change(tmp_path):
     }
     got = AdaptedCheckpoint(base, adapter(tmp_path / "lora", parts)).view("model.embed_tokens.weight").view(20, 12)
     torch.testing.assert_close(got, table + 2 * a.T @ b.T)
+    own, added = torch.randn(2, 12, generator=generator)
+    base = Checkpoint(put(tmp_path / "other", {"q.weight": torch.zeros(12, 20), "q.bias": torch.zeros(12)}))
+    factors = {"q.lora_A.weight": a, "q.lora_B.weight": b, "q.lora_B.bias": added, "q.base_layer.bias": own}
+    got = AdaptedCheckpoint(base, adapter(tmp_path / "biases", factors)).view("q.bias")
+    torch.testing.assert_close(got, own + 2 * added)
 
 
 def test_adapters_are_merged_like_checkpoints(tmp_path):

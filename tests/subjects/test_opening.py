@@ -23,11 +23,19 @@ def test_a_folder_opens_as_the_model_that_was_saved(tmp_path):
     assert gratis.open(str(tmp_path / "model"), dtype="bfloat16").dtype == torch.bfloat16
 
 
-def test_a_folder_opens_as_the_class_that_it_names(tmp_path):
+def test_a_folder_opens_as_the_class_that_it_names():
     from gratis.zoo import folder_of
 
     assert type(gratis.open(folder_of("arithmetic-masked"))).__name__ == "ModernBertForMaskedLM"
     assert type(gratis.open(folder_of("sprites-captioner"))).__name__ == "VisionEncoderDecoderModel"
+
+
+@pytest.mark.parametrize("named", [None, [], ["logging"], ["AutoTokenizer"], ["NoSuchModel"], {"0": "x"}])
+def test_a_class_that_is_no_model_class_is_not_looked_for(tmp_path, named):
+    tiny.tiny_language_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": named}))
+    assert type(gratis.open(tmp_path)).__name__ == "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,11 @@ class BlockStore:
         keys, values = (part.read(blocks, rows) for part in self.parts)
         return keys, values
 
-    def block(self, number: int, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (heads, block, head_dim) of one block of a row, where they are."""
-        keys, values = (part.memory[number, row] for part in self.parts)
-        return keys, values
+    def each(self, blocks: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values (heads, block, head_dim) of each of a few `blocks` of `rows`, as views on where they are."""
+        keys, values = self.parts
+        for number, row in zip(blocks.tolist(), rows.tolist(), strict=True):
+            yield keys.memory[number, row], values.memory[number, row]
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep these rows, each as often as it is named."""
@@ -169,23 +170,19 @@ class HotBlocks:
         """(block, row) of what is in the slots."""
         return [(int(b), int(r)) for b, r in zip(self._blocks, self._rows, strict=True) if b >= 0]
 
-    def blocks(
+    def each(
         self, store: BlockStore, blocks: NDArray[np.int64], rows: NDArray[np.int64], current: Current
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values (heads, block, head_dim) of each of a few `blocks` of `rows`, all different."""
         slots, free = self._find(blocks, rows, current)
-        room = iter(free.tolist())
-        for number, row, slot in zip(blocks.tolist(), rows.tolist(), slots.tolist(), strict=True):
-            if slot < 0:
-                fetched = store.block(number, row)
-                slot = next(room, -1)
-                if slot < 0:
-                    yield fetched
-                    continue
-                self._take(slot, number, row, fetched)
-                for memory, tensor in zip(self._memory, fetched, strict=True):
-                    memory[slot].copy_(tensor, non_blocking=True)
-            yield self._memory[0][slot], self._memory[1][slot]
+        room, stored = iter(free.tolist()), store.each(blocks, rows)
+        for number, row, slot, block in zip(blocks.tolist(), rows.tolist(), slots.tolist(), stored, strict=True):
+            held = slot
+            if held < 0 and (held := next(room, -1)) >= 0:
+                self._take(held, number, row, block)
+                for memory, tensor in zip(self._memory, block, strict=True):
+                    memory[held].copy_(tensor, non_blocking=True)
+            yield (self._memory[0][held], self._memory[1][held]) if held >= 0 else block
 
     def read(
         self, store: BlockStore, blocks: NDArray[np.int64], rows: NDArray[np.int64], current: Current

@@ -49,23 +49,15 @@ class LookedUp:
         group, place = np.nonzero(free)
         blocks = wanted[missing]
         rows = self._rows(group)
+        current = wanted.ravel(), self._rows(np.repeat(np.arange(len(wanted)), wanted.shape[1]))
+        if len(blocks) <= FEW and not self._per_head:
+            each = store.each(blocks, rows) if hot is None else hot.each(store, blocks, rows, current)
+            for block, row, slot in zip(each, rows.tolist(), place.tolist(), strict=True):
+                self._copy(block, row, slot)
+        else:
+            found = store.read(blocks, rows) if hot is None else hot.read(store, blocks, rows, current)
+            self._put(found, group, rows, place)
         self.chosen[group, place] = blocks
-        few = len(blocks) <= FEW and not self._per_head
-        if few and hot is None:
-            for number, row, slot in zip(blocks.tolist(), rows.tolist(), place.tolist(), strict=True):
-                self._copy(store.block(number, row), row, slot)
-            return
-        if hot is None:
-            self._put(store.read(blocks, rows), group, rows, place)
-            return
-        groups = np.repeat(np.arange(len(wanted)), wanted.shape[1])
-        everything = wanted.ravel(), self._rows(groups)
-        if few:
-            near = hot.blocks(store, blocks, rows, everything)
-            for held, row, slot in zip(near, rows.tolist(), place.tolist(), strict=True):
-                self._copy(held, row, slot)
-            return
-        self._put(hot.read(store, blocks, rows, everything), group, rows, place)
 
     def _copy(self, block: tuple[Tensor, Tensor], row: int, slot: int) -> None:
         """Write one block's keys and values (key heads, block, head_dim) into a slot of a row."""

@@ -53,10 +53,10 @@ def open(
     if not text:
         raise UnknownNameError("There is no model '': name one, for example smollm2.")
     if text in EMBEDDED:
-        return _language_model(str(embedded_folder(text, progress)), dtype, device)
+        return _transformers_model(str(embedded_folder(text, progress)), dtype, device)
     path = Path(text).expanduser()
     if path.suffix == ".gguf":
-        return _language_model(str(convert_gguf(path, progress)), dtype, device)
+        return _transformers_model(str(convert_gguf(path, progress)), dtype, device)
     if path.is_dir():
         return _folder(path, dtype, device)
     if path.is_file():
@@ -96,18 +96,21 @@ def set_tokenizer(model: Any, tokenizer: Any) -> None:
     _tokenizers[model] = tokenizer
 
 
-def _language_model(source: str, dtype: Any, device: Any, kind: str = "") -> Any:
-    """A model of transformers: of the class named, where transformers has it, else a causal language model."""
+def _transformers_model(source: str, dtype: Any, device: Any, kind: str = "") -> Any:
+    """A model of the class named, where it is a model class of transformers, else a causal language model."""
     import torch
     import transformers
 
-    loader = getattr(transformers, kind, None) or transformers.AutoModelForCausalLM
+    named = getattr(transformers, kind, None)
+    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    loader: Any = named if known else transformers.AutoModelForCausalLM
     try:
         with quiet_transformers():
             model = loader.from_pretrained(source, dtype=_dtype(dtype) or torch.float32)
     except (OSError, ValueError, KeyError) as error:
-        what = "a language model" if loader is transformers.AutoModelForCausalLM else f"a {kind}"
-        raise FileError(f"{source} cannot be opened as {what}: {_first_line(error)}") from error
+        raise FileError(
+            f"{source} cannot be opened as {kind if known else 'a language model'}: {_first_line(error)}"
+        ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -122,18 +125,19 @@ def _folder(path: Path, dtype: Any, device: Any) -> Any:
     if not (path / "config.json").is_file():
         found = sorted(path.glob("*.gguf"))
         if len(found) == 1:
-            return _language_model(str(convert_gguf(found[0])), dtype, device)
+            return _transformers_model(str(convert_gguf(found[0])), dtype, device)
         raise FileError(f"{path} holds no model: neither config.json, nor model_index.json, nor one .gguf file.")
-    return _language_model(str(path), dtype, device, _named_class(path))
+    return _transformers_model(str(path), dtype, device, _named_class(path))
 
 
 def _named_class(folder: Path) -> str:
-    """The class that a folder's configuration names first, or nothing."""
+    """The class that a folder's configuration names first, or nothing: what is wrong is said when it is loaded."""
     try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    except (ValueError, AttributeError):
-        return ""  # Not JSON: said when the model is loaded.
-    return str(named[0])
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return ""
+    named = config.get("architectures") if isinstance(config, dict) else None
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def _hub(name: str, dtype: Any, device: Any) -> Any:
@@ -144,7 +148,7 @@ def _hub(name: str, dtype: Any, device: Any) -> Any:
         is_pipeline = file_exists(name, "model_index.json")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         is_pipeline = False
-    return _pipeline(name, dtype, device) if is_pipeline else _language_model(name, dtype, device)
+    return _pipeline(name, dtype, device) if is_pipeline else _transformers_model(name, dtype, device)
 
 
 def _pipeline(source: str, dtype: Any, device: Any) -> Any:

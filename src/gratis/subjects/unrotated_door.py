@@ -97,15 +97,19 @@ class Text:
     def angles(self, rotation: Rotation, start: int, stop: int, like: Tensor, scale: float = 1.0) -> Angles:
         """What turns entries to positions `start` to `stop`, made once for all layers."""
         key = (id(rotation), start, stop, like.dtype, like.device)
-        return self._known(key, rotation, lambda: torch.arange(start, stop) * scale, like)
+        return self._known(key, rotation, lambda: torch.arange(start, stop, dtype=torch.float64) * scale, like)
 
     def angles_of_heads(
         self, rotation: Rotation, stands: tuple[tuple[int, int], ...], like: Tensor, scale: float = 1.0
     ) -> Angles:
-        """What turns a single token's heads, so many of them to each position: `stands` are (position, heads)."""
+        """What turns the heads (rows, heads, 1, head_dim) of a single token, of which so many stand at each position.
+
+        stands: (position, heads), in the order of the heads.
+        """
 
         def shifts() -> Tensor:
-            return torch.cat([torch.full((heads, 1), position * scale) for position, heads in stands])
+            parts = [torch.full((heads, 1), position * scale, dtype=torch.float64) for position, heads in stands]
+            return torch.cat(parts)
 
         return self._known((id(rotation), stands, like.dtype, like.device), rotation, shifts, like)
 

@@ -284,10 +284,11 @@ class BlockMemory:
             return
         turned = recent.turned(0, recent.end)
         keys = turned.to(torch.float32, copy=True)
-        self._wrote.turn_(keys, -torch.arange(recent.end) * 1.0)
+        positions = torch.arange(recent.end, dtype=torch.float64)
+        self._wrote.turn_(keys, -positions)
         recent.plain(0, recent.end).copy_(keys)
         if scale != 1 or self.turn is not self._wrote:
-            turned.copy_(self.turn.turn_(keys, torch.arange(recent.end) * scale))
+            turned.copy_(self.turn.turn_(keys, positions * scale))
 
     # Once it does not
 
