@@ -31,7 +31,8 @@ from gratis.subjects.embedded import embedded_folder
 
 METHODS = ("task_arithmetic", "ties", "dare_ties")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-ARMS = ("gratis", "plain", "mergekit")
+ARMS = ("gratis", "torch", "plain", "mergekit")
+"""`torch` is gratis without its compiled loops."""
 SPEED = "MB of experts per CPU s"
 RATIOS = "MB per CPU second, ratios"
 SCOPES = "CPU seconds of TIES with a global threshold and with one per tensor"
@@ -153,12 +154,24 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--no-scopes", action="store_true", help="leave out TIES' two scopes and the plain copy")
     parser.add_argument("--large", action="store_true", help="only three billion weights, with TIES")
-    parser.add_argument("--arms", nargs="+", choices=("copy", *ARMS), default=["copy", *ARMS], help="of --large")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=("copy", *ARMS),
+        default=["copy", *ARMS],
+        help="of --large; `torch` is gratis without its compiled loops",
+    )
     wish = parser.parse_args()
     rounds = wish.rounds
     script = Path(__file__).parent / "measuring" / "merge_once.py"
     peer = peer_python("mergekit", "mergekit==0.1.5", "transformers==5.23.0")
-    python = {"gratis": sys.executable, "plain": sys.executable, "mergekit": peer, "copy": sys.executable}
+    python = {
+        "gratis": sys.executable,
+        "torch": sys.executable,
+        "plain": sys.executable,
+        "mergekit": peer,
+        "copy": sys.executable,
+    }
     if wish.large:
         store("merging", {**stored("merging"), LARGE: large(python, script, rounds, wish.arms)})
         return
@@ -190,6 +203,7 @@ def main() -> None:
                         "method": method,
                         "gratis / mergekit": round(speed["gratis"] / speed["mergekit"], 2),
                         "gratis / plain torch": round(speed["gratis"] / speed["plain"], 2),
+                        "gratis / gratis without compiled loops": round(speed["gratis"] / speed["torch"], 2),
                     }
                 )
             if not wish.no_scopes:

@@ -1,7 +1,8 @@
 """One merge in a process of its own: prints one line of JSON with CPU seconds and peak anonymous memory.
 
-python merge_once.py {gratis|plain|mergekit|copy} METHOD BASE EXPERT EXPERT EXPERT OUT. Each arm's imports are done before
-the clock starts; anonymous memory is what the process holds above that point, so that file pages do not count.
+python merge_once.py {gratis|torch|plain|mergekit|copy} METHOD BASE EXPERT EXPERT EXPERT OUT. `torch` is gratis without
+compiled loops. Each arm's imports are done before the clock starts; anonymous memory is what the process holds above
+that point, so that file pages do not count.
 """
 
 from __future__ import annotations
@@ -38,8 +39,13 @@ def with_gratis() -> Any:
         "dare_ties": lambda: gratis.DARETIES(density=DENSITY),
     }
     method = methods[METHOD]()
+    from gratis.subjects import compiled
     from gratis.subjects.merging import merge
 
+    if ARM == "torch":
+        compiled.merge_loops = lambda: None
+    elif compiled.merge_loops() is None:
+        raise SystemExit("numba is not installed: pip install 'gratis[speed]'")
     return lambda: merge(method, base=BASE, experts=EXPERTS, weights=WEIGHTS, out=OUT, threads=1)
 
 
@@ -114,7 +120,8 @@ def with_copy() -> Any:
 
 def main() -> None:
     torch.set_num_threads(1)
-    run = {"gratis": with_gratis, "mergekit": with_mergekit, "plain": with_plain_torch, "copy": with_copy}[ARM]()
+    arms = {"gratis": with_gratis, "torch": with_gratis, "mergekit": with_mergekit}
+    run = {**arms, "plain": with_plain_torch, "copy": with_copy}[ARM]()
     torch.ones(8).abs().sum()
     before, peak, stop = anonymous(), [0.0], threading.Event()
 

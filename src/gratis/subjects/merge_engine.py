@@ -5,11 +5,12 @@ A stretch's result does not depend on how tensors are cut, on the number of thre
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from gratis.contract.errors import InputError, ParameterError
 from gratis.contract.method import Cutoff, Merge, MergePart
 from gratis.subjects.checkpoint_writer import Writer
+from gratis.subjects.compiled import compiled_loops
 from gratis.subjects.merge_inputs import Inputs
 from gratis.subjects.merge_rules import Rule, portions
 from gratis.subjects.merge_workers import Workers
@@ -274,7 +276,10 @@ class Engine:
 
     def _expert(self, number: int, part: Stretch, into: Tensor, base: Tensor | None) -> Tensor:
         view = self._inputs.experts[number].view(part.tensor, part.start, part.count).to(into.device)
-        if base is not None and view.dtype == torch.float32:
+        loops = compiled_loops(into)
+        if base is not None and loops is not None and view.dtype in loops.READ:
+            loops.difference(view, base, into)
+        elif base is not None and view.dtype == torch.float32:
             torch.sub(view, base, out=into)
         else:
             into.copy_(view)
@@ -286,8 +291,15 @@ class Engine:
         if not method.needs_base:
             return None
         assert self._inputs.base is not None
-        view = self._inputs.base.view(part.tensor, part.start, part.count).to(into.device)
-        return view if view.dtype == torch.float32 else into.copy_(view)
+        view: Tensor = self._inputs.base.view(part.tensor, part.start, part.count).to(into.device)
+        if view.dtype == torch.float32:
+            return view
+        loops = compiled_loops(into) if view.dtype == torch.bfloat16 else None
+        if loops is not None:
+            loops.widen(view, into)
+        else:
+            into.copy_(view)
+        return into
 
     def _combine(
         self,
@@ -304,9 +316,10 @@ class Engine:
         info.cutoffs, info.measured = known, measured.get(part.tensor, ())
         buffers, base = self._prepared(method, part, info)
         merged = method.combine(buffers, info)
-        if base is not None and method.differences:
-            merged = merged.add_(base)
         dtype = places[part.tensor][0]
+        if base is not None and method.differences:
+            loops = compiled_loops(merged) if dtype == torch.bfloat16 else None
+            merged = merged.add_(base) if loops is None else loops.rounded_sum(merged, base)
         writer.write(part.tensor, merged if dtype == torch.float32 else merged.to(dtype), part.start)
         return info.totals, info.revise
 
@@ -357,16 +370,15 @@ class Engine:
                 raise InputError(f"Tensor {part.tensor!r} of {checkpoint.path} holds values that are not finite.")
         raise InputError(f"Tensor {part.tensor!r} of {self._inputs.experts[number].path} is too large to subtract.")
 
-    def _magnitudes(self, method: Merge, numbers: Sequence[int]) -> Callable[[Stretch], list[Tensor]]:
-        def of(part: Stretch) -> list[Tensor]:
+    def _magnitudes(self, method: Merge, numbers: Sequence[int]) -> Callable[[Stretch], Iterator[Tensor]]:
+        def of(part: Stretch) -> Iterator[Tensor]:
             *buffers, spare = self._buffers(part.count)
-            base, found = self._base(method, part, spare), []
+            base = self._base(method, part, spare)
             for number in numbers:
                 values = self._expert(number, part, buffers[number], base)
                 # A method's choice must fall as it does when stretches are combined, so whole blocks are prepared.
                 self._own(method, number).prepare(values, number, self._info(part))
-                found.append(values.abs_())
-            return found
+                yield values.abs_()
 
         return of
 
@@ -399,7 +411,7 @@ class Engine:
         return found
 
     def _group_cutoffs(
-        self, group: Sequence[str], magnitudes: Callable[[Stretch], list[Tensor]], shares: Sequence[float]
+        self, group: Sequence[str], magnitudes: Callable[[Stretch], Iterable[Tensor]], shares: Sequence[float]
     ) -> list[dict[str, Cutoff]]:
         """By stream of magnitudes: the cutoff of each tensor where `shares` of the whole group are kept."""
         parts = [part for name in group for part in self._stretches(name)]
@@ -413,7 +425,7 @@ class Engine:
             if not result.all_ties and result.magnitude > 0:
 
                 def stream(part: Stretch, number: int = number) -> Tensor:
-                    return magnitudes(part)[number]
+                    return next(itertools.islice(magnitudes(part), number, None))
 
                 boundary, index = last_tie(parts, result, stream)
                 name = parts[boundary].tensor

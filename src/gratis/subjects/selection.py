@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from gratis.subjects.compiled import compiled_loops
 
 SAMPLE_BLOCKS = 256
 SAMPLE_BLOCK = 1024
@@ -50,14 +53,14 @@ def largest(stretches: Sequence[Stretch], keep: int, magnitudes: Magnitudes, run
 
 
 def largest_of_each(
-    stretches: Sequence[Stretch], keeps: Sequence[int], magnitudes: Callable[[Stretch], Sequence[Tensor]], run: Run
+    stretches: Sequence[Stretch], keeps: Sequence[int], magnitudes: Callable[[Stretch], Iterable[Tensor]], run: Run
 ) -> list[Kept]:
     """What separates the `keeps` largest magnitudes of several streams from the rest, exactly, in one pass over them.
 
-    `magnitudes` gives each stream's (count,) numbers of a stretch. One stretch is selected from as it is. Otherwise a
-    sample brackets the answer; the pass counts what lies below and collects what lies within (narrowing the bracket
-    where that would be too much to hold); the answer is selected from that. If the bracket misses, the bits of the
-    numbers are counted instead (two more passes).
+    `magnitudes` gives each stream's (count,) numbers of a stretch, one after the other. One stretch is selected from as
+    it is. Otherwise a sample brackets the answer; the pass counts what lies below and collects what lies within
+    (narrowing the bracket where that would be too much to hold); the answer is selected from that. If the bracket
+    misses, the bits of the numbers are counted instead (two more passes).
     """
     total = sum(stretch.count for stretch in stretches)
     if len(stretches) == 1:
@@ -73,7 +76,7 @@ def largest_of_each(
             search.add(seen)
 
     def stream(number: int) -> Magnitudes:
-        return lambda stretch: magnitudes(stretch)[number]
+        return lambda stretch: next(itertools.islice(magnitudes(stretch), number, None))
 
     return [
         search.kept() or _by_bits(stretches, total - keep, total, stream(number), run)
@@ -118,6 +121,8 @@ class _Search:
         low, high = self._bracket
         if magnitudes.is_cuda:
             return _Seen(low, high, len(magnitudes), *_counted_there(magnitudes, low, high))
+        if (loops := compiled_loops(magnitudes)) is not None:
+            return _Seen(low, high, len(magnitudes), *loops.survey(magnitudes, low, high))
         # Comparisons of whole stretches are several times quicker in numpy than in torch.
         bits = magnitudes.numpy().view(np.uint32)
         below = int(np.count_nonzero(bits < low))
@@ -202,7 +207,7 @@ def _counted_there(magnitudes: Tensor, low: int, high: int) -> tuple[int, int, i
 
 
 def _samples(
-    stretches: Sequence[Stretch], magnitudes: Callable[[Stretch], Sequence[Tensor]]
+    stretches: Sequence[Stretch], magnitudes: Callable[[Stretch], Iterable[Tensor]]
 ) -> list[NDArray[np.float32]]:
     """Some of each stream's numbers, from blocks spread over it."""
     step = max(sum(stretch.count for stretch in stretches) // SAMPLE_BLOCKS, SAMPLED * SAMPLE_BLOCK)

@@ -17,6 +17,7 @@ from gratis.contract.card import Card, Claim
 from gratis.contract.method import Merge, MergePart
 from gratis.contract.parameters import param
 from gratis.methods.merging.task_arithmetic import weighted_sum
+from gratis.subjects.compiled import compiled_loops
 
 BLOCK = 65536
 """Elements that share one random stream; stretches begin at multiples of it."""
@@ -82,7 +83,9 @@ def drop(delta: Tensor, density: float, seed: int, model: int, part: MergePart) 
         for begin in range(0, len(delta), BLOCK)
     ]
     kept = drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
-    if delta.is_cuda:
+    if (loops := compiled_loops(delta)) is not None:
+        loops.scale_kept(delta, kept, scale)
+    elif delta.is_cuda:
         delta.mul_(torch.from_numpy(kept).to(delta.device).to(torch.float32).mul_(float(scale)))
     else:
         delta.mul_(torch.from_numpy(np.multiply(kept, scale, dtype=np.float32)))

@@ -15,6 +15,7 @@ from torch import Tensor
 from gratis.contract.card import Card, Claim
 from gratis.contract.method import Cutoff, Merge, MergePart
 from gratis.contract.parameters import param
+from gratis.subjects.compiled import compiled_loops
 
 
 class TIES(Merge):
@@ -91,8 +92,11 @@ def trim(delta: Tensor, cutoff: Cutoff, start: int) -> None:
     """Zero the entries of `delta` (a stretch from flat index `start` on) that are below the cutoff, in place."""
     first_dropped = min(max(cutoff.last + 1 - start, 0), len(delta))
     just_below = np.nextafter(np.float32(cutoff.magnitude), np.float32(-1))
+    loops = compiled_loops(delta)
     for piece, below in ((delta[:first_dropped], float(just_below)), (delta[first_dropped:], cutoff.magnitude)):
-        if len(piece):
+        if len(piece) and loops is not None:
+            loops.trim(piece, below)
+        elif len(piece):
             torch.hardshrink(piece, below, out=piece)
 
 
@@ -103,6 +107,15 @@ def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_
     such parts are marked for revision and go up for now.
     """
     weights = part.weights
+    shares = [abs(weight) if divisor == "weight" else 1.0 for weight in weights]
+    if (loops := compiled_loops(deltas[0])) is not None:
+        signs, undecided = loops.elect_and_average(
+            deltas, weights, shares, zero_goes_up=zero_sums != "negative", divide=divisor != "none"
+        )
+        if zero_sums == "majority":
+            part.totals["signs"] = part.totals.get("signs", 0.0) + signs
+            part.revise |= undecided
+        return deltas[0]
     if any(weight != 1 for weight in weights):
         for delta, weight in zip(deltas, weights, strict=True):
             delta.mul_(weight)
@@ -114,7 +127,6 @@ def elect_and_average(deltas: list[Tensor], part: MergePart, divisor: str, zero_
         part.totals["signs"] = part.totals.get("signs", 0.0) + signs.sum().item()
     # Signs of 0 become up or down. All in floats: masks of truth values are several times slower.
     signs.add_(-0.5 if zero_sums == "negative" else 0.5).sign_()
-    shares = [abs(weight) if divisor == "weight" else 1.0 for weight in weights]
     merged = deltas[0].mul_(signs).relu_()
     count = torch.sign(merged).mul_(shares[0])
     for delta, share in zip(deltas[1:], shares[1:], strict=True):
