@@ -48,11 +48,10 @@ def test_every_bfloat16_is_widened_exactly():
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_differences(size, dtype):
-    values, base, into = normal(size).to(dtype), normal(size, 1), torch.full((size,), torch.nan)
-    loops.difference(values, base, into)
-    assert same(into, values.float() - base)
+def test_differences(size):
+    halves, base, into = normal(size).bfloat16(), normal(size, 1), torch.full((size,), torch.nan)
+    loops.difference(halves, base, into)
+    assert same(into, halves.float() - base)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -167,7 +166,8 @@ def test_merges_write_the_same_bytes_with_and_without_the_loops(folders, dtype, 
     real = compiled.merge_loops
     monkeypatch.setattr(compiled, "merge_loops", lambda: used.append(1) or real())
     loop_one, loop_two = merged("one", 1), merged("two", 2)
-    assert used
+    # Task arithmetic has no loops of its own: what is read and written in bfloat16 has.
+    assert used or (type(method) is gratis.TaskArithmetic and dtype != "bfloat16")
     without_loops(monkeypatch)
     reference = merged("torch", 1)
     assert all(same(loop_one[key], reference[key]) and same(loop_two[key], reference[key]) for key in reference)

@@ -276,8 +276,8 @@ class Engine:
 
     def _expert(self, number: int, part: Stretch, into: Tensor, base: Tensor | None) -> Tensor:
         view = self._inputs.experts[number].view(part.tensor, part.start, part.count).to(into.device)
-        loops = compiled_loops(into)
-        if base is not None and loops is not None and view.dtype in loops.READ:
+        loops = compiled_loops(into) if base is not None and view.dtype == torch.bfloat16 else None
+        if loops is not None:
             loops.difference(view, base, into)
         elif base is not None and view.dtype == torch.float32:
             torch.sub(view, base, out=into)

@@ -18,11 +18,8 @@ from torch import Tensor
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 PIECE = 2048
 """Numbers worked on at a time within a stretch."""
-READ = (torch.bfloat16, torch.float32)
-"""What `difference` reads."""
-SIXTEEN, ROUNDING, MAGNITUDE, INFINITE = np.uint32(16), np.uint32(0x7FFF), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-NOT_A_NUMBER = np.uint16(0x7FC0)
-ZERO, ONE, LAST_BIT = np.float32(0), np.float32(1), np.uint32(1)
+SIXTEEN, ROUNDING, NOT_A_NUMBER, LAST_BIT = np.uint32(16), np.uint32(0x7FFF), np.uint16(0x7FC0), np.uint32(1)
+ZERO, ONE = np.float32(0), np.float32(1)
 
 
 def compiled(*signatures: str) -> Callable[[Loop], Loop]:
@@ -30,17 +27,14 @@ def compiled(*signatures: str) -> Callable[[Loop], Loop]:
     return cast(Callable[[Loop], Loop], njit(list(signatures) or None, nogil=True, cache=True, error_model="numpy"))
 
 
-def widen(values: Tensor, into: Tensor) -> None:
-    """Write bfloat16 values as float32 `into` a stretch."""
-    _widen(_bits(values), _numbers(into))
+def widen(halves: Tensor, into: Tensor) -> None:
+    """Write bfloat16 numbers as float32 `into` a stretch."""
+    _widen(_bits(halves), into.numpy())
 
 
-def difference(values: Tensor, base: Tensor, into: Tensor) -> None:
-    """Write values less base, (count,) float32, `into` a stretch. Values are of a dtype in `READ`."""
-    if values.dtype == torch.bfloat16:
-        _difference_of_halves(_bits(values), base.numpy(), into.numpy())
-    else:
-        _difference(values.numpy(), base.numpy(), into.numpy())
+def difference(halves: Tensor, base: Tensor, into: Tensor) -> None:
+    """Write bfloat16 numbers less the base, (count,) float32, `into` a stretch."""
+    _difference(_bits(halves), base.numpy(), into.numpy())
 
 
 def rounded_sum(merged: Tensor, base: Tensor) -> Tensor:
@@ -52,7 +46,7 @@ def rounded_sum(merged: Tensor, base: Tensor) -> Tensor:
 
 def survey(magnitudes: Tensor, low: int, high: int) -> tuple[int, int, int, NDArray[np.uint32]]:
     """Of magnitudes read as bits: how many lie below `low`, are equal to it and to `high`, and those between."""
-    bits = _numbers(magnitudes)
+    bits = magnitudes.numpy().view(np.uint32)
     found = np.empty(len(bits) + 1, dtype=np.uint32)
     below, at_low, at_high, count = _survey(bits, np.uint32(low), np.uint32(high), found)
     return below, at_low, at_high, found[:count].copy()
@@ -85,49 +79,42 @@ def _bits(halves: Tensor) -> NDArray[np.uint16]:
     return halves.view(torch.uint16).numpy()
 
 
-def _numbers(magnitudes: Tensor) -> NDArray[np.uint32]:
-    return magnitudes.numpy().view(np.uint32)
+# Whole numbers are kept at 32 bits by casts, as sums of two would have 64, of which half as many fit in a register.
 
 
-# Slices are indexed from 0: of `begin + i` the compiler does not know that it stays within, and writes slow loops.
-
-
-@compiled("(uint16[::1], uint32[::1])")
-def _widen(values: Any, bits: Any) -> None:
+@njit(inline="always", nogil=True, error_model="numpy")
+def _as_float(half: Any) -> Any:
     # A bfloat16 is the upper half of the float32 of the same value.
-    for i in range(bits.size):
-        bits[i] = np.uint32(values[i]) << SIXTEEN
+    return np.uint32(np.uint32(half) << SIXTEEN).view(np.float32)
+
+
+@njit(inline="always", nogil=True, error_model="numpy")
+def _as_half(number: Any) -> Any:
+    # To the nearest, and of two that are equally near to the even one.
+    bits = np.float32(number).view(np.uint32)
+    rounded = np.uint32(bits + np.uint32(ROUNDING + np.uint32(np.uint32(bits >> SIXTEEN) & LAST_BIT)))
+    return np.uint16(rounded >> SIXTEEN) if number == number else NOT_A_NUMBER
+
+
+@compiled("(uint16[::1], float32[::1])")
+def _widen(halves: Any, into: Any) -> None:
+    for i in range(into.size):
+        into[i] = _as_float(halves[i])
 
 
 @compiled("(uint16[::1], float32[::1], float32[::1])")
-def _difference_of_halves(values: Any, base: Any, into: Any) -> None:
-    for begin in range(0, into.size, PIECE):
-        value, less, out = values[begin : begin + PIECE], base[begin : begin + PIECE], into[begin : begin + PIECE]
-        bits = out.view(np.uint32)
-        for i in range(bits.size):
-            bits[i] = np.uint32(value[i]) << SIXTEEN
-        for i in range(out.size):
-            out[i] -= less[i]
-
-
-@compiled("(float32[::1], float32[::1], float32[::1])")
-def _difference(values: Any, base: Any, into: Any) -> None:
+def _difference(halves: Any, base: Any, into: Any) -> None:
     for i in range(into.size):
-        into[i] = values[i] - base[i]
+        into[i] = _as_float(halves[i]) - base[i]
 
 
 @compiled("(float32[::1], float32[::1], uint16[::1])")
-def _rounded_sum(merged: Any, base: Any, rounded: Any) -> None:
-    sums = np.empty(PIECE, np.float32)
-    bits = sums.view(np.uint32)
-    for begin in range(0, merged.size, PIECE):
-        change, start, out = merged[begin : begin + PIECE], base[begin : begin + PIECE], rounded[begin : begin + PIECE]
-        for i in range(out.size):
-            sums[i] = change[i] + start[i]
-        for i in range(out.size):
-            # To the nearest, and of two that are equally near to the even one.
-            half = np.uint16((bits[i] + ROUNDING + ((bits[i] >> SIXTEEN) & LAST_BIT)) >> SIXTEEN)
-            out[i] = half if bits[i] & MAGNITUDE <= INFINITE else NOT_A_NUMBER
+def _rounded_sum(merged: Any, base: Any, halves: Any) -> None:
+    for i in range(halves.size):
+        halves[i] = _as_half(merged[i] + base[i])
+
+
+# Slices are indexed from 0: of `begin + i` the compiler does not know that it stays within, and writes slow loops.
 
 
 @compiled("(uint32[::1], uint32, uint32, uint32[::1])")
@@ -143,9 +130,9 @@ def _survey(bits: Any, low: Any, high: Any, found: Any) -> tuple[int, int, int, 
         piece = bits[begin : begin + PIECE]
         under = lowest = highest = np.int32(0)
         for i in range(piece.size):
-            under += np.int32(piece[i] < low)
-            lowest += np.int32(piece[i] == low)
-            highest += np.int32(piece[i] == high)
+            under = np.int32(under + np.int32(piece[i] < low))
+            lowest = np.int32(lowest + np.int32(piece[i] == low))
+            highest = np.int32(highest + np.int32(piece[i] == high))
         below, at_low, at_high = below + under, at_low + lowest, at_high + highest
         for i in range(piece.size):
             marks[i] = np.uint8(np.uint32(piece[i] - first) < width)
@@ -189,7 +176,7 @@ def _elect_and_average(rows: Any, weights: Any, shares: Any, sign_of_zero: Any, 
                 total[i] += delta[i]
         elected = open_sums = np.int32(0)
         for i in range(merged.size):
-            elected += np.int32(total[i] > ZERO) - np.int32(total[i] < ZERO)
+            elected = np.int32(elected + np.int32(total[i] > ZERO) - np.int32(total[i] < ZERO))
         signs += elected
         for number, row in enumerate(rows):
             share, delta = shares[number], row[begin : begin + PIECE]
@@ -199,7 +186,7 @@ def _elect_and_average(rows: Any, weights: Any, shares: Any, sign_of_zero: Any, 
                 mass[i] += agreeing if agreeing > ZERO else ZERO
                 count[i] += share if agreeing > ZERO else ZERO
         for i in range(merged.size):
-            open_sums |= np.int32(total[i] == ZERO) & np.int32(count[i] > ZERO)
+            open_sums = np.int32(open_sums | (np.int32(total[i] == ZERO) & np.int32(count[i] > ZERO)))
             sign = ONE if total[i] > ZERO else -ONE if total[i] < ZERO else sign_of_zero
             merged[i] = mass[i] * sign / (count[i] if divide and count[i] > ZERO else ONE)
         undecided |= open_sums

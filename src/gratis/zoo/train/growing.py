@@ -28,7 +28,7 @@ WIDTH, HEADS, WINDOW = 128, 4, 512
 WRITTEN = {"\n": "\\n"}
 """A newline has no shape and would look like a space."""
 RATE = 3e-3
-LOW_RANK_RATE = 1e-3
+LOW_RANK_RATE = 1e-2
 
 
 def tokenizer() -> Any:
@@ -67,15 +67,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", choices=["identity", "random"], default="identity", help="how a new layer begins")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rates", type=float, nargs="+", help="peak learning rates of the stages, in place of --rate")
-    parser.add_argument("--rank", type=int, default=8, help="of the updates in the last stage; 0 leaves the stage out")
-    parser.add_argument("--last-steps", type=int, default=300, help="steps of the stage of low-rank updates")
+    parser.add_argument("--rank", type=int, default=16, help="of the updates in the last stage; 0 leaves the stage out")
+    parser.add_argument("--last-steps", type=int, default=2300, help="steps of the stage of low-rank updates")
     parser.add_argument("--last-rate", type=float, default=LOW_RANK_RATE)
     parser.add_argument("--name", default="", help="name of the model's folder; by default from --data and --how")
 
 
 def main() -> None:
     """Train, save, measure as saved."""
-    wish = arguments((__doc__ or "").split("\n")[0], steps=700, batch=24, rate=RATE, more=flags)
+    wish = arguments((__doc__ or "").split("\n")[0], steps=200, batch=24, rate=RATE, more=flags)
     if wish.embeddings == "trained" and wish.how == "layers":
         raise SystemExit("growing needs embeddings that stay: --embeddings trained goes with --how whole")
     grown = wish.how == "layers"
