@@ -201,6 +201,21 @@ merge(gratis.TIES(density=0.3), base=root + "/0", experts=[root + "/1", root + "
     assert all(same(there[key], here[key]) for key in here)
 
 
+def test_where_nothing_can_be_kept_on_disk_the_loops_are_compiled_anew():
+    script = """
+import numba.core.caching as caching
+for kept in (caching.CacheImpl, caching.CodeLibraryCacheImpl, caching.CompileResultCacheImpl):
+    kept._locator_classes = []
+import torch
+from gratis.subjects import merge_loops
+into = torch.empty(3)
+merge_loops.widen(torch.tensor([1.0, -2.5, 0.0]).bfloat16(), into)
+print(into.tolist(), merge_loops._trim.stats.cache_path)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split("] ") == ["[1.0, -2.5, 0.0", "None\n"], done.stderr
+
+
 def test_a_selection_is_the_same_by_either_form(monkeypatch):
     values = (normal(400_000).abs() * 64).round() / 64
     stretches = [selection.Stretch("t", at, min(131_072, 400_000 - at)) for at in range(0, 400_000, 131_072)]

@@ -24,7 +24,17 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 def compiled(*signatures: str) -> Callable[[Loop], Loop]:
     """The loop in machine code, kept on disk; for `signatures` at once, for others at their first use."""
-    return cast(Callable[[Loop], Loop], njit(list(signatures) or None, nogil=True, cache=True, error_model="numpy"))
+
+    def made(loop: Loop) -> Loop:
+        try:
+            return cast(Loop, njit(list(signatures) or None, nogil=True, cache=True, error_model="numpy")(loop))
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            # Neither beside this file nor in the user's cache can be written: every process compiles anew.
+            return cast(Loop, njit(list(signatures) or None, nogil=True, error_model="numpy")(loop))
+
+    return made
 
 
 def widen(halves: Tensor, into: Tensor) -> None:
