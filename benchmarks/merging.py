@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,12 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def turned(arms: Sequence[str], number: int) -> list[str]:
+    """The arms in a round's order: who begins pays for what the one before left to be written."""
+    begin = number % len(arms)
+    return [*arms[begin:], *arms[:begin]]
+
+
 def joined(title: str, rows: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
     """Stored rows with these in the place of those that say the same thing."""
     old = {tuple(row.get(key) for key in by): row for row in stored("merging").get(title, [])}
@@ -189,8 +195,8 @@ def main() -> None:
 
             for method in wish.methods:
                 seen: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-                for _ in track(range(rounds), description=f"{label} {method}"):
-                    for arm in ARMS:
+                for number in track(range(rounds), description=f"{label} {method}"):
+                    for arm in turned(ARMS, number):
                         seen[arm].append(measured(arm, method))
                 middle = {arm: medians(found) for arm, found in seen.items()}
                 rows += [
