@@ -85,16 +85,10 @@ def largest_of_each(
 
 
 def _at_once(magnitudes: Tensor, keep: int) -> Kept:
-    rank = len(magnitudes) - keep
-    if magnitudes.is_cuda:
-        threshold = magnitudes.kthvalue(rank + 1).values
-        ties = keep - int((magnitudes > threshold).sum())
-        return Kept(float(threshold), ties, ties == int((magnitudes == threshold).sum()))
-    # Several times quicker than torch on a processor.
-    values = magnitudes.numpy()
-    found = np.partition(values, rank)[rank]
-    ties = keep - int(np.count_nonzero(values > found))
-    return Kept(float(found), ties, ties == int(np.count_nonzero(values == found)))
+    values = magnitudes.numpy(force=True)
+    threshold = np.partition(values, len(values) - keep)[len(values) - keep]
+    ties = keep - int(np.count_nonzero(values > threshold))
+    return Kept(float(threshold), ties, ties == int(np.count_nonzero(values == threshold)))
 
 
 @dataclass(frozen=True)
