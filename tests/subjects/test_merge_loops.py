@@ -182,10 +182,15 @@ def test_loops_are_for_large_stretches_of_float32():
     assert compiled_loops(torch.empty(compiled.SMALLEST, device="meta")) is None
 
 
-def test_without_numba_torch_does_the_work(folders, tmp_path):
+@pytest.mark.parametrize("numba", ["absent", "broken"])
+def test_without_numba_torch_does_the_work(folders, tmp_path, numba):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 1.2 or less')")
     script = f"""
 import sys
-sys.modules["numba"] = None
+if {numba == "broken"}:
+    sys.path.insert(0, {str(tmp_path)!r})
+else:
+    sys.modules["numba"] = None
 import gratis
 from gratis.subjects.merging import merge
 from gratis.subjects.compiled import merge_loops
@@ -195,6 +200,7 @@ merge(gratis.TIES(density=0.3), base=root + "/0", experts=[root + "/1", root + "
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert ("numba does not work here (Numba needs NumPy 1.2 or less)" in done.stderr) == (numba == "broken")
     experts = [folders / "bfloat16" / number for number in ("1", "2")]
     merge(gratis.TIES(density=0.3), base=folders / "bfloat16" / "0", experts=experts, out=tmp_path / "here", threads=1)
     there, here = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "here"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from gratis.contract.errors import GratisWarning
 
 SMALLEST = 65536
 """Elements below which a stretch is left to torch: loading the loops takes longer than they save."""
@@ -22,7 +24,10 @@ def compiled_loops(stretch: Tensor) -> ModuleType | None:
 
 @functools.cache
 def merge_loops() -> ModuleType | None:
-    """The compiled loops, or None where numba is not installed."""
-    if importlib.util.find_spec("numba") is None:
+    """The compiled loops, or None where numba is not installed; warns where it is installed and does not work."""
+    try:
+        return importlib.import_module("gratis.subjects.merge_loops")
+    except ImportError as error:
+        if getattr(error, "name", None) != "numba" or not isinstance(error, ModuleNotFoundError):
+            warnings.warn(f"numba does not work here ({error}): merging goes on without it.", GratisWarning)
         return None
-    return importlib.import_module("gratis.subjects.merge_loops")
