@@ -293,7 +293,9 @@ def test_completion_knows_the_methods():
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
+# A shell's background jobs, and what they start, ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from gratis.cli import run
 from gratis.contract.catalogue import catalogue
 from gratis.tasks.task import task_catalogue
