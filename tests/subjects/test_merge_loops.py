@@ -63,7 +63,9 @@ def test_sums_are_rounded_as_torch_rounds_them(size):
 def test_rounding_at_ties_zeros_and_ends():
     halfway = torch.arange(0x3F80_0000, 0x3F80_0000 + (1 << 20), 1 << 12, dtype=torch.int32).view(torch.float32)
     ends = torch.tensor([0.0, -0.0, 3.4e38, -3.4e38, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3.3895314e38])
-    sums = torch.cat([halfway, -halfway, ends])
+    # Of these the rounding would overflow into zeros.
+    not_numbers = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    sums = torch.cat([halfway, -halfway, ends, not_numbers])
     rounded, wanted = loops.rounded_sum(sums, torch.full_like(sums, -0.0)), sums.bfloat16()
     assert same(rounded[~wanted.isnan()], wanted[~wanted.isnan()])
     assert bool(rounded[wanted.isnan()].isnan().all())
