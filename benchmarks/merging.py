@@ -91,8 +91,8 @@ def large_models(folder: Path) -> list[Path]:
     return made
 
 
-def large(python: dict[str, str], script: Path, rounds: int, arms: list[str]) -> list[dict[str, Any]]:
-    """TIES over three billion weights, arm by arm."""
+def large(python: dict[str, str], script: Path, rounds: int, arms: list[str]) -> None:
+    """TIES over three billion weights, stored arm by arm: a run takes the better part of an hour."""
     with tempfile.TemporaryDirectory() as name:
         inputs, out = large_models(Path(name)), Path(name) / "out"
         seen: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
@@ -100,13 +100,18 @@ def large(python: dict[str, str], script: Path, rounds: int, arms: list[str]) ->
             for arm in track(seen, description="three billion weights"):
                 seen[arm].append(run_apart(python[arm], script, arm, "ties", *inputs, out))
                 shutil.rmtree(out)
-                print(arm, seen[arm][-1], flush=True)
-    middle = {arm: medians(found) for arm, found in seen.items()}
-    speeds = {arm: row[SPEED] for arm, row in middle.items()}
-    return [
-        {"arm": arm, "rounds": rounds, **row, "gratis over it": round(speeds["gratis"] / speeds[arm], 3)}
-        for arm, row in middle.items()
-    ]
+                store("merging", {**stored("merging"), LARGE: large_rows(seen)})
+
+
+def large_rows(seen: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What was measured so far, beside the stored rows of other arms."""
+    fresh = {arm: {"arm": arm, "rounds": len(found), **medians(found)} for arm, found in seen.items() if found}
+    rows = {**{row["arm"]: row for row in stored("merging").get(LARGE, [])}, **fresh}
+    if "gratis" in rows:
+        rows = {
+            arm: {**row, "gratis over it": round(rows["gratis"][SPEED] / row[SPEED], 3)} for arm, row in rows.items()
+        }
+    return list(rows.values())
 
 
 def bandwidth(folder: Path) -> dict[str, float]:
@@ -179,7 +184,7 @@ def main() -> None:
         "copy": sys.executable,
     }
     if wish.large:
-        store("merging", {**stored("merging"), LARGE: large(python, script, rounds, wish.arms)})
+        large(python, script, rounds, wish.arms)
         return
     rows, ratios, scopes, copies, speeds = [], [], [], [], []
     with tempfile.TemporaryDirectory() as name:
