@@ -74,7 +74,6 @@ def main() -> None:
             3,
         )
         row["after the layers, code"] = first.get("after stage 4, 4 layers", "")
-        row["CPU s on one thread, estimate"] = first["estimate of CPU seconds on one thread"]
         rows.append(row)
     renew("growth", {"character models of four layers": rows}, wish.device)
 

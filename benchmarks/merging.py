@@ -152,6 +152,32 @@ def turned(arms: Sequence[str], number: int) -> list[str]:
     return [*arms[begin:], *arms[:begin]]
 
 
+def beside_limits(
+    label: str, measured: Callable[[str, str], dict[str, Any]], rounds: int, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Rows of TIES' two scopes, of TIES beside a plain copy, and of TIES beside what memory and disk can do."""
+    pairs = [("gratis", "ties"), ("gratis", "ties_per_tensor"), ("copy", "ties")]
+    seen: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
+    for _ in track(range(rounds), description=f"{label} scopes and a plain copy"):
+        for pair in pairs:
+            seen[pair].append(measured(*pair))
+    whole, per_tensor, copy = (medians(seen[pair]) for pair in pairs)
+    found = bandwidth(folder)
+    # Base and three experts are read, one model is written.
+    moved = 5 / 3 * whole["MB of experts per wall s"]
+    return (
+        {"dtype": label, "global / per tensor": round(whole["CPU s"] / per_tensor["CPU s"], 2)},
+        {"dtype": label, "TIES / plain copy": round(whole[SPEED] / copy[SPEED], 3)},
+        {
+            "dtype": label,
+            "TIES, MB read and written per s": round(moved),
+            **{f"{what}, MB/s": speed for what, speed in found.items()},
+            "of the memory's": round(moved / found["memory, copied"], 3),
+            "of the disk's": round(moved / found["disk, written"], 3),
+        },
+    )
+
+
 def joined(title: str, rows: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
     """Stored rows with these in the place of those that say the same thing."""
     old = {tuple(row.get(key) for key in by): row for row in stored("merging").get(title, [])}
@@ -176,13 +202,7 @@ def main() -> None:
     rounds = wish.rounds
     script = Path(__file__).parent / "measuring" / "merge_once.py"
     peer = peer_python("mergekit", "mergekit==0.1.5", "transformers==5.23.0")
-    python = {
-        "gratis": sys.executable,
-        "torch": sys.executable,
-        "plain": sys.executable,
-        "mergekit": peer,
-        "copy": sys.executable,
-    }
+    python = {**dict.fromkeys(("copy", *ARMS), sys.executable), "mergekit": peer}
     if wish.large:
         large(python, script, rounds, wish.arms)
         return
@@ -218,27 +238,10 @@ def main() -> None:
                     }
                 )
             if not wish.no_scopes:
-                pairs = [("gratis", "ties"), ("gratis", "ties_per_tensor"), ("copy", "ties")]
-                own: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
-                for _ in track(range(rounds), description=f"{label} scopes and a plain copy"):
-                    for pair in pairs:
-                        own[pair].append(measured(*pair))
-                speed = {pair: medians(found)[SPEED] for pair, found in own.items()}
-                spent = {pair: medians(found)["CPU s"] for pair, found in own.items()}
-                scopes.append({"dtype": label, "global / per tensor": round(spent[pairs[0]] / spent[pairs[1]], 2)})
-                copies.append({"dtype": label, "TIES / plain copy": round(speed[pairs[0]] / speed[pairs[2]], 3)})
-                found = bandwidth(folder)
-                # Base and three experts are read, one model is written.
-                moved = 5 / 3 * medians(own[pairs[0]])["MB of experts per wall s"]
-                speeds.append(
-                    {
-                        "dtype": label,
-                        "TIES, MB read and written per s": round(moved),
-                        **{f"{what}, MB/s": speed for what, speed in found.items()},
-                        "of the memory's": round(moved / found["memory, copied"], 3),
-                        "of the disk's": round(moved / found["disk, written"], 3),
-                    }
-                )
+                scope, copied, moved = beside_limits(label, measured, rounds, folder)
+                scopes.append(scope)
+                copies.append(copied)
+                speeds.append(moved)
     same = {"three models merged": ("dtype", "method", "arm"), RATIOS: ("dtype", "method")}
     same |= {SCOPES: ("dtype",), COPIES: ("dtype",), SPEEDS: ("dtype",)}
     fresh = {"three models merged": rows, RATIOS: ratios, SCOPES: scopes, COPIES: copies, SPEEDS: speeds}
